@@ -1,0 +1,82 @@
+"""The one artefact of condensation: learned samples, their labels, and the class that each was learned for."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from config import ConfigError
+from utils.checkpoint import load_pth, save_pth
+
+Note = str | int | float
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """N learned samples. Text: data [N, S, D] word embeddings with attention_mask [N, S]; images: no mask."""
+
+    data: Tensor
+    targets: Tensor  # [N, C] multi-hot, one-hot or soft
+    owner: Tensor  # [N] class that the sample was learned for (a multi-hot row has several labels, one owner)
+    attention_mask: Tensor | None = None
+    meta: dict[str, Note] = field(default_factory=dict)  # how to read it: decode_type, factor, word table, dataset
+
+    def save(self, path: Path) -> None:
+        """Write as a .pth of plain tensors."""
+        value = {"data": self.data, "targets": self.targets, "owner": self.owner, "meta": self.meta}
+        if self.attention_mask is not None:
+            value["attention_mask"] = self.attention_mask
+        save_pth(path, value)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of samples and masks as stored (labels counted apart)."""
+        mask = 0 if self.attention_mask is None else -(-self.attention_mask.numel() // 8)
+        return self.data.numel() * self.data.element_size() + mask
+
+    def with_targets(self, targets: Tensor) -> "SyntheticSet":
+        """The same samples with other labels [N, C]."""
+        return replace(self, targets=targets)
+
+
+def load_synthetic(path: Path) -> SyntheticSet:
+    """Read an artefact, or a public `[data, targets]` file. Raises ConfigError for anything else."""
+    value = load_pth(path)
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, Tensor) for v in value):
+        data, targets = value
+        value = {
+            "data": data,
+            "targets": targets,
+            "owner": targets.argmax(1) if targets.ndim == 2 else targets,
+            "meta": {},
+        }
+    if not isinstance(value, dict) or not {"data", "targets", "owner"} <= value.keys():
+        raise ConfigError(f"{path}: holds neither a synthetic set nor a [data, targets] list")
+    if not len(value["data"]) == len(value["targets"]) == len(value["owner"]):
+        raise ConfigError(f"{path}: {len(value['data'])} samples but {len(value['targets'])} labels")
+    return SyntheticSet(
+        value["data"], value["targets"], value["owner"], value.get("attention_mask"), value.get("meta", {})
+    )
+
+
+def load_dataset(path: Path) -> TensorDataset:
+    """The artefact as a torch Dataset of (data, mask, targets), or (data, targets) without a mask; rows as stored."""
+    found = load_synthetic(path)
+    masks = () if found.attention_mask is None else (found.attention_mask,)
+    return TensorDataset(found.data, *masks, found.targets)
+
+
+def check_compatible(found: SyntheticSet, path: Path, shape: tuple[int, ...], nclass: int, table: str) -> None:
+    """Raise ConfigError unless samples have `shape`, targets `nclass` columns and the word table is the same one."""
+    if tuple(found.data.shape[1:]) != shape:
+        raise ConfigError(
+            f"{path}: rows of shape {tuple(found.data.shape[1:])}, this config has {shape}: check max_length"
+        )
+    if found.targets.ndim == 2 and found.targets.shape[1] != nclass:
+        raise ConfigError(f"{path}: {found.targets.shape[1]} classes, this config has {nclass}")
+    if not torch.isfinite(found.data).all():
+        raise ConfigError(f"{path}: holds values that are not finite")
+    if found.meta.get("word_table", table) != table:
+        raise ConfigError(f"{path}: learned for another word table: use the encoder it was made with")

@@ -1,0 +1,17 @@
+"""From a YAML file and a command line to one frozen, checked configuration."""
+
+from config.cli import CommandLine, Option, parse_command_line
+from config.loader import Resolved, add_args_from_yaml
+from config.schema import ConfigError, LocalPath, ModelPath, Section
+
+__all__ = [
+    "CommandLine",
+    "ConfigError",
+    "LocalPath",
+    "ModelPath",
+    "Option",
+    "Resolved",
+    "Section",
+    "add_args_from_yaml",
+    "parse_command_line",
+]

@@ -1,0 +1,130 @@
+"""One grammar for every program: named options and `section.key=value`, in any order; the last one wins."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from config.schema import ConfigError, absolute, nearest
+
+GRAMMAR = """\
+overrides:
+  section.key=value sets any key of the configuration; the value is read as YAML:
+      condense.niter=50  network.layer_index=[3,6]  seed=3
+  The command line is stronger than the file, the file than its base, the base than the defaults.
+  Options and overrides may be mixed; the last one wins. - and _ are the same in option names.
+  Relative paths on the command line start at the current folder, those in a file at the program's folder."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A named option that is short for a configuration key."""
+
+    name: str
+    key: str
+    kind: Literal["value", "path", "flag"]
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What a program was asked to do; `overrides` keep the order of the command line."""
+
+    config_path: Path
+    gpu: str | None
+    debug: bool
+    dry_run: bool
+    overwrite: bool
+    overrides: tuple[str, ...]
+
+
+TF32 = Option("tf32", "tf32", "flag", "TensorFloat-32 in matrix products (short for the key tf32)")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}")
+
+
+def parse_command_line(argv: Sequence[str], doc: str, options: Sequence[Option]) -> CommandLine:
+    """What `argv` (without the program's name) asks for. ConfigError: what cannot be understood."""
+    parser = _Parser(
+        usage="%(prog)s --config_path FILE [options] [section.key=value ...]",
+        description=doc.strip(),
+        epilog=GRAMMAR,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    flags = {"-h", "--help", "--debug", "--dry_run", "--overwrite"}
+    valued = {"--config_path", "--gpu"}
+    add("--config_path", type=Path, required=True, metavar="FILE", help="the YAML file of the experiment")
+    add("--gpu", metavar="LIST", help='the GPUs to use, as in "0,2,3"')
+    add("--debug", dest="overrides", action="append_const", const="debug=true", help="short run, more output")
+    add("--dry_run", action="store_true", help="check everything, write nothing")
+    add("--overwrite", action="store_true", help="start anew in a run folder that is already there")
+    add("--set", dest="overrides", action="append", default=[], help=argparse.SUPPRESS)
+    for option in (TF32, *options):
+        name, text = "--" + option.name.replace("-", "_"), option.help.replace("%", "%%")
+        if option.kind == "flag":
+            add(name, dest="overrides", action="append_const", const=f"{option.key}=true", help=text)
+            no = f"--no_{name[2:]}"
+            flags |= {name, no}
+            add(no, dest="overrides", action="append_const", const=f"{option.key}=false", help=f"not {name}")
+        else:
+            valued.add(name)
+            metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.upper()
+            read = partial(_override, option)
+            add(name, dest="overrides", action="append", type=read, metavar=metavar, help=text)
+    found = parser.parse_args(_in_order(argv, flags, valued))
+    overrides = tuple(found.overrides)
+    debug = [text for text in overrides if text.startswith("debug=")][-1:] == ["debug=true"]
+    path = absolute(found.config_path, Path.cwd())
+    return CommandLine(path, found.gpu, debug, found.dry_run, found.overwrite, overrides)
+
+
+def _override(option: Option, text: str) -> str:
+    """The override that an option with this value stands for."""
+    if option.choices and text not in option.choices:
+        hint = nearest(text, option.choices)
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(option.choices)}{hint}")
+    if option.kind == "path":
+        if not text:
+            raise argparse.ArgumentTypeError("the path is empty")
+        try:
+            text = json.dumps(str(absolute(text, Path.cwd())), ensure_ascii=False)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return f"{option.key}={text}"
+
+
+def _in_order(argv: Sequence[str], flags: set[str], valued: set[str]) -> list[str]:
+    """The words with every option in one spelling and overrides as options: argparse keeps their order."""
+    words, problems, rest = list[str](), list[str](), list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            key, equals, _ = word.partition("=")
+            if not equals or not key:
+                problems.append(f"command line: '{word}': expected section.key=value or an option")
+            words.append(f"--set={word}")
+            continue
+        name, equals, value = word.partition("=")
+        name = name[:2] + name[2:].replace("-", "_")
+        follows = not equals and bool(rest) and not rest[0].startswith("--")
+        if name not in flags | valued:
+            hint = nearest(name, flags | valued) or "; see --help"
+            problems.append(f"command line: {name}: unknown option{hint}")
+            if follows and "=" not in rest[0]:
+                rest.pop(0)  # most likely its value
+        elif name in valued and follows:
+            words.append(f"{name}={rest.pop(0)}")
+        else:
+            words.append(name + equals + value)
+    if problems and not {"-h", "--help"} & set(words):
+        raise ConfigError("\n".join(problems))
+    return words

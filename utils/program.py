@@ -1,0 +1,56 @@
+"""The frame of every program: command line, configuration, and a user's mistake as one line."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from config import CommandLine, ConfigError, Option, Resolved, Section, add_args_from_yaml, parse_command_line
+from utils.ddp import environment_local_rank
+from utils.stopping import Stopped
+
+T = TypeVar("T", bound=Section)
+
+
+def run_program(
+    doc: str,
+    folder: Path,
+    schema: type[T],
+    options: Sequence[Option],
+    body: Callable[[Resolved[T], CommandLine], None],
+) -> int:
+    """Run `body` on the configuration that the command line names; exit status 2 for a wrong configuration, 1 for a
+    failed run, 128 + signal for a stopped one. Traceback of a user's mistake only with --debug."""
+    debug = any(word.replace("-", "_") == "__debug" or word == "debug=true" for word in sys.argv[1:])
+    try:
+        command = parse_command_line(sys.argv[1:], doc, options)
+        resolved = add_args_from_yaml(schema, command.config_path, command.overrides, folder)
+    except ConfigError as error:
+        return complain(error, 2, debug)
+    try:
+        record(body)(resolved, command)
+    except ConfigError as error:
+        return complain(error, 1, debug)
+    except Stopped as error:
+        if environment_local_rank() == 0:
+            print(error, file=sys.stderr)
+        return error.status
+    return 0
+
+
+def complain(error: Exception, status: int, debug: bool) -> int:
+    """Print a user's mistake once: local rank 0 at once, the others only if they are still alive a little later."""
+    if debug:
+        raise error
+    if environment_local_rank() != 0:
+        # Every rank meets the same mistake; the launcher ends this one as soon as rank 0 has left.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+        print(f"[rank {os.environ.get('RANK')}] ", end="", file=sys.stderr)
+    print(error, file=sys.stderr, flush=True)
+    return status

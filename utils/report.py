@@ -1,0 +1,241 @@
+"""A report is a list of blocks, written as Markdown, as one self-contained HTML file, or to the terminal."""
+
+import base64
+import html
+import io
+import mimetypes
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.checkpoint import atomic_write
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading below the title: level 2 for a section, 3 for a part of one."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """One paragraph of plain text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Plain text cells; a column of numbers is aligned to the right."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise ValueError(f"table row {row} has {len(row)} cells, the header has {len(self.header)}")
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Which columns hold numbers (with an error, a unit, or a dash for none) and nothing else."""
+        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.header)
+        return tuple(
+            any(map(NUMBER.fullmatch, cells)) and all(NUMBER.fullmatch(c) or c in NO_NUMBER for c in cells)
+            for cells in columns
+        )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file."""
+
+    path: Path
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text that keeps its lines and spaces."""
+
+    text: str
+
+
+Block = Heading | Paragraph | Table | Picture | Code
+
+AMOUNT = r"[+\-−]?(\d[\d,]*\.?\d*|\.\d+)([eE][+\-]?\d+)?"
+NUMBER = re.compile(rf"{AMOUNT}(\s*(±|\+-|\+/-)\s*{AMOUNT})?\s*(%|[a-zA-Zµ]{{1,4}}(/[a-z]+)?)?")
+NO_NUMBER = ("", "-", "–", "—", "nan", "n/a")
+# Everything that Markdown would read as its own; an underscore only where it is not inside a word.
+MARKUP = re.compile(r"[\\`*<\[|~$]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])")
+
+STYLE = """
+:root { color-scheme: light dark;
+  --text: #1d232b; --soft: #5b6673; --line: #d9dee4; --back: #fff; --panel: #f5f7f9 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e8ec; --soft: #9aa5b1; --line: #353d47; --back: #14181d; --panel: #1d232a }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; overflow-wrap: anywhere;
+  color: var(--text); background: var(--back);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
+h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 1rem }
+h2 { font-size: 1.3rem; margin: 2.2rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line) }
+h3, h4, h5, h6 { font-size: 1.05rem; margin: 1.6rem 0 .4rem }
+p { margin: .6rem 0; max-width: 46rem }
+figure { margin: 1rem 0 }
+figcaption { color: var(--soft); font-size: .9rem; margin: .35rem 0 }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px }
+table { border-collapse: collapse; width: max-content; min-width: 100%;
+  font-size: .95rem; font-variant-numeric: tabular-nums }
+th, td { padding: .4rem .8rem; text-align: left; vertical-align: top; overflow-wrap: normal }
+td { max-width: 22rem; border-top: 1px solid var(--line) }
+th { background: var(--panel); white-space: nowrap }
+th.number, td.number { text-align: right; white-space: nowrap }
+img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px }
+pre { margin: 1rem 0; padding: .8rem 1rem; overflow-x: auto; background: var(--panel); border-radius: 6px;
+  font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
+code { font: inherit }
+@media print { .scroll, pre { overflow: visible; white-space: pre-wrap } }
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def write_report(folder: Path, title: str, blocks: Sequence[Block]) -> None:
+    """Write report.md and report.html into `folder`. FileNotFoundError: a picture is missing."""
+    atomic_write(folder / "report.md", render_markdown(title, blocks, folder).encode("utf-8", "replace"))
+    atomic_write(folder / "report.html", render_html(title, blocks).encode("utf-8", "replace"))
+
+
+def render_markdown(title: str, blocks: Sequence[Block], folder: Path) -> str:
+    """GitHub's Markdown; pictures are linked by their path from `folder`."""
+    return "\n\n".join([f"# {_marked(title)}", *(_markdown(block, folder) for block in blocks)]) + "\n"
+
+
+def render_html(title: str, blocks: Sequence[Block]) -> str:
+    """One HTML file with style and pictures inside. FileNotFoundError: a picture is missing."""
+    body = "\n".join([f"<h1>{_escaped(title)}</h1>", *map(_html, blocks)])
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_escaped(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def plain_table(table: Table) -> str:
+    """The table in aligned columns for a terminal, its caption above."""
+    lines = [[_one_line(cell) for cell in row] for row in (table.header, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    shown = [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(line, widths, table.numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([_one_line(table.caption), *shown] if table.caption else shown)
+
+
+def loss_curve(path: Path, series: Mapping[str, Sequence[tuple[int, float]]], xlabel: str, ylabel: str) -> None:
+    """Draw (step, value) series as a PNG, a panel each (their scales differ) over one shared step axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.5, 0.6 + 1.7 * len(series)), dpi=130)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)  # inches
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (name, points) in zip(panels, series.items(), strict=True):
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        panel.plot(
+            steps,
+            values,
+            color="#1f5fa8",
+            linewidth=1.3,
+            marker="o" if len(points) < 30 else "",
+            markersize=3,
+        )
+        panel.set_title(name, loc="left", fontsize=10, fontweight="bold", parse_math=False)
+        if values:
+            panel.set_title(f"last {values[-1]:.4g}", loc="right", fontsize=9, color="#5b6673")
+        panel.grid(color="#e3e7eb", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=9)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.yaxis.set_major_locator(MaxNLocator(5))
+        panel.margins(x=0.02, y=0.1)
+    panels[-1].set_xlabel(xlabel, fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    image = io.BytesIO()
+    canvas.print_png(image)
+    atomic_write(path, image.getvalue())
+
+
+def _one_line(text: str) -> str:
+    """The text without line breaks, runs of spaces and control characters."""
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()
+
+
+def _marked(text: str) -> str:
+    """Plain text as Markdown that shows it unchanged."""
+    text = MARKUP.sub(r"\\\g<0>", _one_line(text))
+    return re.sub(r"^(?=[#+-]+ |>)", r"\\", text)
+
+
+def _markdown(block: Block, folder: Path) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {_marked(text)}"
+        case Paragraph(text):
+            return _marked(text)
+        case Code(text):
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+            return f"{fence}\n{text}\n{fence}"
+        case Picture(path, caption):
+            # A relative path, so that the folder can be moved; <> because it may hold spaces.
+            return f"![{_marked(caption)}](<{Path(os.path.relpath(path, folder)).as_posix()}>)"
+        case Table(header, rows, caption):
+            rule = ["---:" if number else "---" for number in block.numeric]
+            marked = [[_marked(cell) for cell in row] for row in (header, *rows)]
+            lines = [f"| {' | '.join(row)} |" for row in (marked[0], rule, *marked[1:])]
+            return "\n".join([*([_marked(caption), ""] if caption else []), *lines])
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_one_line(text))
+
+
+def _html(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"<h{level}>{_escaped(text)}</h{level}>"
+        case Paragraph(text):
+            return f"<p>{_escaped(text)}</p>"
+        case Code(text):
+            return f'<pre tabindex="0"><code>{html.escape(text)}</code></pre>'
+        case Picture(path, caption):
+            kind = mimetypes.guess_type(path.name)[0]
+            data = base64.b64encode(path.read_bytes()).decode()
+            image = f'<img alt="{_escaped(caption)}" src="data:{kind};base64,{data}">'
+            return f"<figure>{image}{_html_caption(caption)}</figure>"
+        case Table(header, rows, caption):
+            sides = [' class="number"' if number else "" for number in block.numeric]
+            head = "".join(f"<th{side}>{_escaped(c)}</th>" for side, c in zip(sides, header, strict=True))
+            body = "\n".join(
+                f"<tr>{''.join(f'<td{s}>{_escaped(c)}</td>' for s, c in zip(sides, row, strict=True))}</tr>"
+                for row in rows
+            )
+            table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+            return f'<figure>{_html_caption(caption)}<div class="scroll" tabindex="0">{table}</div></figure>'
+
+
+def _html_caption(caption: str) -> str:
+    return f"<figcaption>{_escaped(caption)}</figcaption>" if caption else ""

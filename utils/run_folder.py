@@ -1,0 +1,110 @@
+"""One run is one folder, named by its resolved config: config, log, metrics, artefacts, report."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from config import ConfigError
+from utils.checkpoint import atomic_write
+from utils.ddp import World
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULT = "result.json"  # written last: its presence means that the run is finished
+log = logging.getLogger("distill_lab")
+
+
+def short_hash(values: Mapping[str, Any]) -> str:
+    """Eight hex digits that name a mapping of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+class RunFolder:
+    """A run's folder. Every rank holds one; only rank 0 writes."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], world: World, overwrite: bool = False) -> None:
+        self.folder, self.world = Path(world.broadcast(str(folder))), world
+        self.lock: TextIO | None = None
+        self.writer: Any = None
+        if world.main:
+            self.open(config, overwrite)
+        world.barrier()
+
+    def open(self, config: Mapping[str, Any], overwrite: bool) -> None:
+        """Rank 0: make the folder, claim it, write args.log, send the log to print.log."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: cannot be used ({error.strerror}): choose another save_dir") from error
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: another process is working on this run; wait for it or stop it"
+            ) from error
+        if overwrite:
+            for child in self.folder.iterdir():
+                if child.is_dir():
+                    shutil.rmtree(child)
+                elif child.name != ".lock":
+                    child.unlink()
+        atomic_write(
+            self.folder / "args.log",
+            yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode(),
+        )
+        handler = logging.FileHandler(self.folder / "print.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of a finished run, else None; the same on every rank."""
+        path = self.folder / RESULT
+        return self.world.broadcast(json.loads(path.read_text()) if self.world.main and path.exists() else None)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Mark the run as finished."""
+        if self.world.main:
+            atomic_write(self.folder / RESULT, json.dumps(result, indent=1).encode())
+
+    def metric(self, **values: float) -> None:
+        """Append one line to metrics.jsonl (rank 0), and to TensorBoard where it is installed."""
+        if not self.world.main:
+            return
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.writer is None:
+            self.writer = tensorboard_writer(self.folder)
+        if self.writer:
+            step = int(values.get("iteration", 0))
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All whole lines of metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().split("\n") if path.exists() else []
+        return [json.loads(line) for line in lines[:-1]]
+
+    def rewind(self, iteration: int) -> None:
+        """Drop metrics from after a checkpoint at `iteration`, which the resumed run will write again."""
+        if self.world.main:
+            kept = [line for line in self.metrics() if line["iteration"] <= iteration]
+            atomic_write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """A SummaryWriter into `folder`/tensorboard, or False where TensorBoard is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("tensorboard") is None:
+        return False
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))

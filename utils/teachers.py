@@ -1,0 +1,158 @@
+"""The teacher bank: networks at their random start and after training, and every network between the two."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor, nn
+
+from config import ConfigError
+from utils.checkpoint import load_pth, load_tensors, save_pth, save_tensors
+from utils.ddp import World
+from utils.fit import FitConfig, fit, make_optimizer
+from utils.progress import Progress
+from utils.stopping import StopFlag, Stopped
+
+log = logging.getLogger("distill_lab")
+
+
+class PretrainConfig(FitConfig):
+    """How teachers are trained."""
+
+    epochs: int = Field(ge=1)  # length of the schedule; training ends at condense.teacher_model_epoch
+    seed: int = 0
+
+
+def trainable(net: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter of what teachers differ in (a frozen word table is shared)."""
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def member_files(folder: Path, member: int, epoch: int) -> tuple[Path, Path]:
+    """Files of a member's state at its start and after `epoch` epochs."""
+    return (
+        folder / f"premodel{member}_init.safetensors",
+        folder / f"premodel{member}_epoch{epoch}.safetensors",
+    )
+
+
+def missing_members(folder: Path, count: int, epoch: int) -> list[int]:
+    """Members 0 ... count - 1 whose two files are not both there."""
+    return [i for i in range(count) if not all(path.exists() for path in member_files(folder, i, epoch))]
+
+
+def train_member(
+    folder: Path,
+    member: int,
+    last_epoch: int,
+    fresh: Callable[[], nn.Module],
+    batch: Callable[[int], tuple[Any, Tensor]],
+    per_epoch: int,
+    settings: PretrainConfig,
+    multilabel: bool,
+    device: torch.device,
+    flag: StopFlag,
+    shown: bool,
+) -> None:
+    """Train one teacher and write its files; goes on from the last finished epoch. Raises Stopped on a signal."""
+    init, final = member_files(folder, member, last_epoch)
+    resume = folder / f"premodel{member}_resume.pth"
+    net = fresh().to(device)
+    if not init.exists():
+        save_tensors(init, dict(trainable(net)))
+    optimizer = make_optimizer(net, settings)
+    epoch = 0
+    if resume.exists():
+        state = load_pth(resume)
+        load_state(net, state["net"], resume)
+        optimizer.load_state_dict(state["optimizer"])
+        epoch = state["epoch"]
+        log.info(f"teacher {member}: resumed after epoch {epoch}")
+    total = settings.epochs * per_epoch
+    progress = Progress(f"teacher {member}", last_epoch * per_epoch, epoch * per_epoch, shown)
+    while epoch < last_epoch:
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        for step, loss in fit(
+            net, batch, optimizer, settings, steps, total, multilabel, (settings.seed, "dropout", member)
+        ):
+            progress.step(note=f"loss {loss.item():.3f}" if step % 20 == 0 else "")
+            if flag.number:
+                raise Stopped(flag.number)
+        epoch += 1
+        if epoch < last_epoch:
+            save_pth(resume, {"epoch": epoch, "net": dict(trainable(net)), "optimizer": optimizer.state_dict()})
+    progress.close()
+    save_tensors(final, dict(trainable(net)))
+    resume.unlink(missing_ok=True)
+
+
+def load_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Copy a saved state into the trainable parameters. Raises ConfigError for another network's state."""
+    own = trainable(net)
+    if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+        raise ConfigError(
+            f"{path}: holds another network's parameters: delete the folder, or check the network section"
+        )
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(state[name])
+
+
+@dataclass(frozen=True)
+class TeacherBank:
+    """States of all members in memory, as flat name -> tensor dicts on the device."""
+
+    init: list[dict[str, Tensor]]
+    final: list[dict[str, Tensor]]
+
+    def __len__(self) -> int:
+        return len(self.final)
+
+    def interpolate(self, net: nn.Module, member: int, share: float) -> None:
+        """Set the network to share * init + (1 - share) * final of one member, buffers left alone."""
+        own = trainable(net)
+        with torch.no_grad():
+            for name, p in own.items():
+                # share 0 must be the trained network to the last bit
+                p.copy_(torch.lerp(self.final[member][name], self.init[member][name], share))
+
+
+def load_bank(folder: Path, count: int, epoch: int, like: nn.Module, device: torch.device) -> TeacherBank:
+    """Read `count` members from `folder`. Raises ConfigError for a damaged or foreign file."""
+    init, final = [], []
+    for member in range(count):
+        for path, states in zip(member_files(folder, member, epoch), (init, final), strict=True):
+            state = load_tensors(path, device)
+            load_state(like, state, path)
+            states.append(state)
+    return TeacherBank(init, final)
+
+
+def update_feature_extractor(
+    bank: TeacherBank,
+    model_final: nn.Module,
+    model_interval: nn.Module,
+    gen: Generator,
+    a: float = 0,
+    b: float = 1,
+) -> tuple[int, float]:
+    """Draw a member and l ~ U(a, b); model_final becomes its trained state, model_interval l of the way back to its start.
+
+    Returns (member, l). NCFM (CVPR 2025), section on the feature extractor.
+    """
+    member = int(torch.randint(len(bank), (1,), generator=gen))
+    share = a + (b - a) * float(torch.rand(1, generator=gen))
+    bank.interpolate(model_final, member, 0.0)
+    bank.interpolate(model_interval, member, share)
+    return member, share
+
+
+def share_out_training(world: World, missing: list[int], train: Callable[[int, bool], None]) -> None:
+    """Each rank trains its share of the missing members; `train(member, shown)`."""
+    for i in world.share([1.0] * len(missing)):
+        train(missing[i], world.main)
+    world.barrier()
