@@ -80,6 +80,7 @@ def parse_command_line(argv: Sequence[str], doc: str, options: Sequence[Option])
             metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.upper()
             read = partial(_override, option)
             add(name, dest="overrides", action="append", type=read, metavar=metavar, help=text)
+    parser.set_defaults(overrides=[])
     found = parser.parse_args(_in_order(argv, flags, valued))
     overrides = tuple(found.overrides)
     debug = [text for text in overrides if text.startswith("debug=")][-1:] == ["debug=true"]

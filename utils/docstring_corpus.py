@@ -30,13 +30,14 @@ ALIASES = {
     "torch": ("pytorch",),
 }
 MIN_WORDS, CAP, TEST_PERCENT = 8, 250, 20
+RULE = re.compile(r"[-=~_*#^]{3,}")  # underlines of headings
 log = logging.getLogger("distill_lab")
 
 
 def docstring_corpus(cache_dir: Path) -> Corpus:
     """20 labels, about 3,200 documents; built once and cached. Raises ConfigError for a missing package."""
     versions = [f"{name} {version(name) if find_spec(name) else missing(name)}" for name in SUBPACKAGES]
-    name = hashlib.sha256(json.dumps([versions, MIN_WORDS, CAP, SUBPACKAGES]).encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps([versions, MIN_WORDS, CAP, SUBPACKAGES, RULE.pattern]).encode()).hexdigest()[:12]
     path = cache_dir / f"docstrings_{name}.json"
     if path.exists():
         found = read_cache(path)
@@ -79,7 +80,7 @@ def build() -> Corpus:
         for sub in subs:
             kept = 0
             for text in docstrings(package, sub):
-                cleaned = " ".join(own_name.sub(" ", text).split())
+                cleaned = " ".join(RULE.sub(" ", own_name.sub(" ", text)).split())
                 if len(cleaned.split()) < MIN_WORDS:
                     continue
                 start = " ".join(cleaned.split()[:10])

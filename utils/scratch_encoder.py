@@ -11,7 +11,7 @@ import torch
 from utils.encoder import PRESETS
 from utils.streams import stream_seed
 
-TABLE_STD = 0.05  # spread of a pretrained BERT's word table
+TABLE_STD = 0.15  # spread of the word table, above that of position vectors: words first
 WINDOW = 5  # words to each side that count as company
 log = logging.getLogger("distill_lab")
 
@@ -31,6 +31,7 @@ def build_scratch_encoder(folder: Path, preset: str, texts: Sequence[str], vocab
         max_position_embeddings=max(max_length, 64),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        initializer_range=hidden**-0.5,  # the usual 0.02 fits 768 wide layers; at 128 a student collapses
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng():

@@ -114,16 +114,16 @@ class TeacherBank:
 
     def interpolate(self, net: nn.Module, member: int, share: float) -> None:
         """Set the network to share * init + (1 - share) * final of one member, buffers left alone."""
-        own = trainable(net)
+        own = dict(net.named_parameters())  # not `trainable`: networks that only look on are frozen
         with torch.no_grad():
-            for name, p in own.items():
-                # share 0 must be the trained network to the last bit
-                p.copy_(torch.lerp(self.final[member][name], self.init[member][name], share))
+            for name, trained in self.final[member].items():
+                own[name].copy_(torch.lerp(trained, self.init[member][name], share))
 
 
 def load_bank(folder: Path, count: int, epoch: int, like: nn.Module, device: torch.device) -> TeacherBank:
     """Read `count` members from `folder`. Raises ConfigError for a damaged or foreign file."""
-    init, final = [], []
+    init: list[dict[str, Tensor]] = []
+    final: list[dict[str, Tensor]] = []
     for member in range(count):
         for path, states in zip(member_files(folder, member, epoch), (init, final), strict=True):
             state = load_tensors(path, device)
