@@ -36,7 +36,7 @@ from utils.ddp import World, distribute_class
 from utils.init_script import init_script
 from utils.metrics import probabilities
 from utils.program import run_program
-from utils.report import Heading, Paragraph, Picture, Table, write_report
+from utils.report import Block, Heading, Paragraph, Picture, Table, write_report
 from utils.run_folder import RunFolder, log
 from utils.sampling import buckets
 from utils.stopping import stop_flag
@@ -133,7 +133,7 @@ def report(cfg: TextConfig, job: TextJob, run: RunFolder) -> None:
     found = load_synthetic(run.folder / "distilled_data" / "syn_data_best.pth")
     rows = nearest_words(found, job.factory.word_table, job.tokenizer, job.corpus.classes)
     lines = [line for line in run.metrics() if "val_micro" in line]
-    blocks = [
+    blocks: list[Block] = [
         Paragraph(f"{cfg.dataset.dataset}, {cfg.condense.ipc} documents per class, {cfg.condense.dis_metrics}."),
         Heading("Curves"),
         *([Picture(run.folder / "images" / "loss_curve.png", "mean over classes")] if cfg.condense.niter else []),

@@ -11,7 +11,7 @@ from utils.utils_text import load_corpus
 
 
 def class_costs(cfg: TextConfig, counts: Sequence[int]) -> list[float]:
-    """Tokens per iteration and class: the rows forward and backward for both losses, the real side shared by refresh."""
+    """Tokens per iteration and class: rows forward and backward for both losses, real side over refresh."""
     rows = cfg.condense.ipc * cfg.network.max_length
     real = [min(n, cfg.dataset.batch_real) for n in counts]
     # Real documents are shared out by tokens whoever owns the class; what is left of them is their embedding.

@@ -125,8 +125,8 @@ def check_runs(cfg: TextConfig) -> None:
             if not (source(cfg, row, seed) / RESULT).exists():
                 extra = " condense.dis_metrics=MMD" if row == "mean_matching" else ""
                 problems.append(
-                    f"evaluation.rows: {row}: no finished run {source(cfg, row, seed)}: run condense_script_text.py with "
-                    f"the same arguments and seed={seed}{extra}, or leave the row out"
+                    f"evaluation.rows: {row}: no finished run {source(cfg, row, seed)}: run condense_script_text.py "
+                    f"with the same arguments and seed={seed}{extra}, or leave the row out"
                 )
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))

@@ -86,6 +86,8 @@ def table_name(table: Tensor) -> str:
 class Condenser(Problem):
     """The rows of this rank's classes, and how their gradients are made."""
 
+    settings: CondenseConfig
+
     def __init__(
         self,
         *,
@@ -104,7 +106,7 @@ class Condenser(Problem):
         world: World,
         dataset: str,
     ) -> None:
-        """`nclass_list[r]` are the classes of rank r; `networks` two encoders of the bank's kind; `frame` [CLS], [SEP]."""
+        """`nclass_list[r]`: classes of rank r; `networks`: two encoders of the bank's kind; `frame`: [CLS], [SEP]."""
         self.settings, self.documents, self.bank, self.world = settings, documents, bank, world
         self.device, self.seed, self.multilabel, self.dataset = (
             torch.device(device),

@@ -49,7 +49,7 @@ def herding_subset(members: Sequence[Tensor], ipc: int, features: Tensor) -> Ten
 
 
 def k_center_subset(members: Sequence[Tensor], ipc: int, features: Tensor) -> Tensor:
-    """Sample ids [n]: the one nearest the class mean, then each time the one farthest from all chosen (Gonzalez, 1985)."""
+    """Sample ids [n]: the one nearest the class mean, then always the farthest from all chosen (Gonzalez, 1985)."""
     from sklearn.metrics import pairwise_distances
 
     def order(label: int, ids: Tensor) -> list[int]:

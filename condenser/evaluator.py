@@ -109,7 +109,8 @@ def judge(val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], multilabel: b
 
 
 def evaluate_student(
-    net: nn.Module, train: TrainingSet, val: TrainingSet, test: TrainingSet, parts: tuple[list[list[int]], list[list[int]]],
+    net: nn.Module, train: TrainingSet, val: TrainingSet, test: TrainingSet,
+    parts: tuple[list[list[int]], list[list[int]]],
     settings: EvaluationConfig, multilabel: bool, device: torch.device, stream: tuple[int, str, int],
     on_step: Callable[[], None] | None = None,
 ) -> StudentScore:  # fmt: skip

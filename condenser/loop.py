@@ -243,7 +243,7 @@ def save_state(
     best: float,
 ) -> None:
     """One file for all ranks, from which any number of ranks can go on."""
-    moments = optimizer.state[self.data] if self.data in optimizer.state else {}
+    moments = optimizer.state.get(self.data, {})
     names = self.world.broadcast([(k, bool(v.ndim)) for k, v in moments.items() if isinstance(v, Tensor)])
     rows = {"data": self.world.gather_rows(self.data, self.row_owners)}
     for name, by_row in names:

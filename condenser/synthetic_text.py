@@ -66,7 +66,7 @@ class RowShape:
 
 
 def framed(pieces: Sequence[Tensor], shape: RowShape) -> tuple[Tensor, Tensor]:
-    """Token ids [S] and mask [S] of one row made of bare pieces: each framed by [CLS] ... [SEP] if split, else the whole."""
+    """Token ids [S] and mask [S] of one row of bare pieces: each framed by [CLS] ... [SEP] if split, else the whole."""
     ids = torch.full((shape.length,), shape.pad)
     mask = torch.zeros(shape.length, dtype=torch.uint8)
     span = shape.length // len(pieces)
@@ -82,7 +82,7 @@ def framed(pieces: Sequence[Tensor], shape: RowShape) -> tuple[Tensor, Tensor]:
 
 
 def random_row(documents: TextSet, sample: int, shape: RowShape) -> tuple[Tensor, Tensor]:
-    """One document over the whole row; where rows are split, consecutive pieces of it (from its start again if short)."""
+    """One document over the whole row; where rows are split, consecutive pieces of it (its start again if short)."""
     body = documents.tokens(sample).cpu()[1:-1]
     if not shape.split:
         return framed([body], shape)

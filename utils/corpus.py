@@ -39,7 +39,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """16 hex digits that change with any text, label or class name."""
-        parts = [[part.texts, part.labels] for part in (self.train, self.val, self.test) if part]
+        parts = [[part.texts, part.labels] for part in (self.train, self.val, self.test) if part is not None]
         return hashlib.sha256(json.dumps([self.classes, parts]).encode()).hexdigest()[:16]
 
 

@@ -5,8 +5,9 @@ import hashlib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,22 +24,19 @@ SUBPACKAGES = {
     "sympy": ("physics", "stats"),
     "networkx": ("algorithms", "generators"),
 }
-ALIASES = {
-    "numpy": ("np",),
-    "matplotlib": ("mpl", "plt", "pyplot"),
-    "networkx": ("nx",),
-    "torch": ("pytorch",),
-}
+# A text must not name its label: package names go wherever they stand, short aliases only as words.
+LONG_NAMES = "|".join(["torchvision", "pytorch", "pyplot", *SUBPACKAGES])  # torchvision before torch
+NAMES = re.compile(rf"(?:{LONG_NAMES}|\b(?:np|nx|plt|mpl)\b)\.?", re.IGNORECASE)
 MIN_WORDS, CAP, TEST_PERCENT = 8, 250, 20
 RULE = re.compile(r"[-=~_*#^]{3,}")  # underlines of headings
 log = logging.getLogger("distill_lab")
 
 
 def docstring_corpus(cache_dir: Path) -> Corpus:
-    """20 labels, about 3,200 documents; built once and cached. Raises ConfigError for a missing package."""
-    versions = [f"{name} {version(name) if find_spec(name) else missing(name)}" for name in SUBPACKAGES]
-    name = hashlib.sha256(json.dumps([versions, MIN_WORDS, CAP, SUBPACKAGES, RULE.pattern]).encode()).hexdigest()[:12]
-    path = cache_dir / f"docstrings_{name}.json"
+    """20 labels, about 3,100 documents; built once and cached. Raises ConfigError for a missing package."""
+    recipe = [SUBPACKAGES, NAMES.pattern, RULE.pattern, MIN_WORDS, CAP, TEST_PERCENT]
+    content = json.dumps([[installed(name) for name in SUBPACKAGES], recipe])
+    path = cache_dir / f"docstrings_{hashlib.sha256(content.encode()).hexdigest()[:12]}.json"
     if path.exists():
         found = read_cache(path)
         if found:
@@ -48,14 +46,16 @@ def docstring_corpus(cache_dir: Path) -> Corpus:
     parts = {
         part: {"texts": s.texts, "labels": s.labels} for part, s in (("train", corpus.train), ("test", corpus.test))
     }
-    content = {"fingerprint": corpus.fingerprint, "classes": corpus.classes, **parts}
-    atomic_write(path, json.dumps(content).encode())
+    atomic_write(path, json.dumps({"fingerprint": corpus.fingerprint, "classes": corpus.classes, **parts}).encode())
     return corpus
 
 
-def missing(name: str) -> str:
-    """Refuse to go on without a package."""
-    raise ConfigError(f"dataset docstrings: package {name} is not installed: pip install {name}")
+def installed(package: str) -> tuple[str, str]:
+    """Name and version of a package, which is not imported. Raises ConfigError."""
+    try:
+        return package, version(package)
+    except PackageNotFoundError as error:
+        raise ConfigError(f"dataset docstrings: package {package} is not installed: pip install {package}") from error
 
 
 def read_cache(path: Path) -> Corpus | None:
@@ -64,9 +64,9 @@ def read_cache(path: Path) -> Corpus | None:
         content = json.loads(path.read_text())
         splits = [Split(p["texts"], [tuple(row) for row in p["labels"]]) for p in (content["train"], content["test"])]
         corpus = Corpus("docstrings", tuple(content["classes"]), splits[0], None, splits[1], multilabel=True)
+        return corpus if corpus.fingerprint == content["fingerprint"] else None
     except (ValueError, KeyError, TypeError):
         return None
-    return corpus if corpus.fingerprint == content["fingerprint"] else None
 
 
 def build() -> Corpus:
@@ -75,17 +75,15 @@ def build() -> Corpus:
     ids = {name: i for i, name in enumerate(classes)}
     found: dict[str, tuple[str, set[int]]] = {}  # first ten words -> text, labels
     for package, subs in SUBPACKAGES.items():
-        names = sorted({package, *ALIASES.get(package, ())}, key=len, reverse=True)
-        own_name = re.compile(r"\b(" + "|".join(names) + r")\b\.?", re.IGNORECASE)
         for sub in subs:
             kept = 0
             for text in docstrings(package, sub):
-                cleaned = " ".join(RULE.sub(" ", own_name.sub(" ", text)).split())
+                cleaned = " ".join(RULE.sub(" ", NAMES.sub(" ", text)).split())
                 if len(cleaned.split()) < MIN_WORDS:
                     continue
                 start = " ".join(cleaned.split()[:10])
                 if start not in found and kept >= CAP:
-                    continue
+                    break
                 kept += start not in found
                 found.setdefault(start, (cleaned, set()))[1].update({ids[f"{package}.{sub}"], ids[package]})
     splits: tuple[Split, Split] = (Split([], []), Split([], []))
@@ -99,14 +97,18 @@ def build() -> Corpus:
 def docstrings(package: str, sub: str) -> Iterator[str]:
     """Docstrings of a subpackage's modules, classes and functions, in file order, read without importing it."""
     spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"dataset docstrings: package {package} is not installed: pip install {package}")
-    folder = Path(spec.submodule_search_locations[0]) / sub
+    places = (spec.submodule_search_locations if spec else None) or []
+    folder = next((Path(place) / sub for place in places if (Path(place) / sub).is_dir()), None)
+    if folder is None:
+        raise ConfigError(f"dataset docstrings: {package} {version(package)} has no {sub}: install another version")
     files = sorted(folder.rglob("*.py"), key=lambda path: (path.name.startswith("_") and path.stem != "__init__", path))
     for file in files:
         if "tests" in file.relative_to(folder).parts:
             continue
-        for node in ast.walk(ast.parse(file.read_bytes())):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer Pythons print one for an escape like "\\d"
+            tree = ast.parse(file.read_bytes())
+        for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 text = ast.get_docstring(node)
                 if text:

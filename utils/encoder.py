@@ -62,7 +62,7 @@ class NetworkConfig(Section):
 
     @property
     def assumed_hidden(self) -> int:
-        """Hidden size for an estimate without weights: the preset's, a base model's for 12 layers, else a small one's."""
+        """Hidden size for an estimate without weights: the preset's, a base model's for 6 layers and more, or 512."""
         if self.scratch:
             return PRESETS[self.preset][1]
         return 768 if self.depth >= 6 else 512

@@ -1,11 +1,13 @@
 """Reuters-21578, ApteMod split: NLTK's zip or folder, or the SGML release."""
 
 import html
+import lzma
 import re
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from config import ConfigError
@@ -13,6 +15,7 @@ from config import ConfigError
 Labelled = tuple[str, str, list[str]]
 DOCUMENT = re.compile(r"<REUTERS(?P<head>[^>]*)>(?P<body>.*?)</REUTERS>", re.DOTALL)
 TOPIC = re.compile(r"<D>(.*?)</D>")
+CATS_ROW = re.compile(r"(training|test)/(\w+)((?: \S+)+)")
 
 
 def read_reuters_release(folder: Path) -> tuple[list[Labelled], list[Labelled]]:
@@ -28,7 +31,7 @@ def read_reuters_release(folder: Path) -> tuple[list[Labelled], list[Labelled]]:
                 return nltk_zip(place / "reuters.zip")
         sgml = sorted(folder.glob("reut2-*.sgm"))
         if sgml:
-            return sgml_release([path.read_bytes() for path in sgml])
+            return sgml_release((str(path), path.read_bytes()) for path in sgml)
         archives = sorted(folder.glob("reuters21578.tar*"))
         if archives:
             return sgml_archive(archives[0])
@@ -37,7 +40,8 @@ def read_reuters_release(folder: Path) -> tuple[list[Labelled], list[Labelled]]:
     elif ".tar" in folder.name:
         return sgml_archive(folder)
     raise ConfigError(
-        f"{folder}: no Reuters data found (training_data.csv, reuters.zip, cats.txt, reut2-*.sgm or reuters21578.tar.xz)"
+        f"{folder}: no Reuters data found: put training_data.csv, reuters.zip, cats.txt, reut2-*.sgm or "
+        "reuters21578.tar.xz there, or name their folder in dataset.data_dir"
     )
 
 
@@ -45,24 +49,32 @@ def nltk_zip(path: Path) -> tuple[list[Labelled], list[Labelled]]:
     """NLTK's corpora/reuters.zip, read without unpacking."""
     try:
         with zipfile.ZipFile(path) as archive:
-            cats = archive.read("reuters/cats.txt").decode("latin-1")
-            return nltk_parts(cats, lambda name: archive.read(f"reuters/{name}").decode("latin-1"), str(path))
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise ConfigError(f"{path}: not NLTK's reuters.zip ({error})") from error
+            return nltk_parts(lambda name: archive.read(f"reuters/{name}"), path)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise ConfigError(f"{path}: not a readable zip file ({error}): fetch it again") from error
 
 
 def nltk_folder(folder: Path) -> tuple[list[Labelled], list[Labelled]]:
     """NLTK's unpacked corpus."""
-    cats = (folder / "cats.txt").read_text("latin-1")
-    return nltk_parts(cats, lambda name: (folder / name).read_text("latin-1"), str(folder))
+    return nltk_parts(lambda name: (folder / name).read_bytes(), folder)
 
 
-def nltk_parts(cats: str, read, where: str) -> tuple[list[Labelled], list[Labelled]]:  # type: ignore[no-untyped-def]
-    """Documents of cats.txt (`training/1 cocoa ...`)."""
+def nltk_parts(read: Callable[[str], bytes], where: Path) -> tuple[list[Labelled], list[Labelled]]:
+    """Train and test documents of cats.txt (`training/1 cocoa ...`)."""
+
+    def text(name: str) -> str:
+        try:
+            return read(name).decode("latin-1")
+        except (FileNotFoundError, KeyError) as error:
+            raise ConfigError(f"{where}/{name}: missing from NLTK's Reuters corpus: fetch the corpus again") from error
+
     parts: dict[str, list[Labelled]] = {"training": [], "test": []}
-    for line in cats.splitlines():
-        name, *topics = line.split()
-        parts[name.split("/")[0]].append((f"{where}:{name}", clean(read(name)), topics))
+    for number, line in enumerate(text("cats.txt").splitlines(), 1):
+        row = CATS_ROW.fullmatch(line.strip())
+        if row is None:
+            raise ConfigError(f"{where}/cats.txt:{number}: expected training/ID or test/ID and topics: mend the row")
+        name = f"{row[1]}/{row[2]}"
+        parts[row[1]].append((f"{where}/{name}", clean(text(name)), row[3].split()))
     return parts["training"], parts["test"]
 
 
@@ -71,13 +83,13 @@ def sgml_archive(path: Path) -> tuple[list[Labelled], list[Labelled]]:
     try:
         with tarfile.open(path) as archive:
             members = sorted((m for m in archive.getmembers() if m.name.endswith(".sgm")), key=lambda m: m.name)
-            return sgml_release([file.read() for m in members if (file := archive.extractfile(m))])
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ConfigError(f"{path}: not a readable archive ({error})") from error
+            return sgml_release((f"{path}/{m.name}", f.read()) for m in members if (f := archive.extractfile(m)))
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        raise ConfigError(f"{path}: not a readable archive ({error}): fetch it again") from error
 
 
-def sgml_release(files: list[bytes]) -> tuple[list[Labelled], list[Labelled]]:
-    """ModApte documents of the SGML files, of topics with at least one train and one test document."""
+def sgml_release(files: Iterable[tuple[str, bytes]]) -> tuple[list[Labelled], list[Labelled]]:
+    """ModApte documents of the SGML files (place, content), of topics with at least one train and one test document."""
     parts: dict[str, list[Labelled]] = {"TRAIN": [], "TEST": []}
     for split, found in sgml_documents(files):
         parts[split].append(found)
@@ -90,9 +102,9 @@ def sgml_release(files: list[bytes]) -> tuple[list[Labelled], list[Labelled]]:
     return train, test
 
 
-def sgml_documents(files: list[bytes]) -> Iterator[tuple[str, Labelled]]:
+def sgml_documents(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, Labelled]]:
     """(TRAIN or TEST, document) of the ModApte split."""
-    for content in files:
+    for place, content in files:
         for match in DOCUMENT.finditer(content.decode("latin-1")):
             head, body = match["head"], match["body"]
             split = re.search(r'LEWISSPLIT="(\w+)"', head)
@@ -101,7 +113,7 @@ def sgml_documents(files: list[bytes]) -> Iterator[tuple[str, Labelled]]:
                 continue
             topics = TOPIC.findall(tag(body, "TOPICS"))
             text = clean(f"{tag(body, 'TITLE')} {tag(body, 'BODY')}") or clean(tag(body, "TEXT"))
-            yield split[1], (f"NEWID {number[1] if number else '?'}", text, topics)
+            yield split[1], (f"{place}:NEWID {number[1] if number else '?'}", text, topics)
 
 
 def tag(text: str, name: str) -> str:

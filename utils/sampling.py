@@ -1,4 +1,4 @@
-"""Which documents or images come next: pure functions of a name, so that any step can be drawn without the ones before."""
+"""Which samples come next: pure functions of a name, so that any step can be drawn without the ones before."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class ClassSampler:
     seed: int
 
     def draw(self, label: int, index: int) -> Tensor:
-        """Draw number `index` of class `label`: min(n_c, batch) distinct sample ids; all of a class in ceil(n_c / batch)."""
+        """Draw `index` of class `label`: min(n_c, batch) distinct ids; the whole class in ceil(n_c / batch) draws."""
         ids = self.members[label]
         if len(ids) <= self.batch:
             return ids

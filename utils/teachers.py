@@ -140,7 +140,7 @@ def update_feature_extractor(
     a: float = 0,
     b: float = 1,
 ) -> tuple[int, float]:
-    """Draw a member and l ~ U(a, b); model_final becomes its trained state, model_interval l of the way back to its start.
+    """Draw a member and l ~ U(a, b); model_final gets its trained state, model_interval l of the way to its start.
 
     Returns (member, l). NCFM (CVPR 2025), section on the feature extractor.
     """
