@@ -32,6 +32,7 @@ from condense.text_job import (
     open_text,
 )
 from condense.words import nearest_words
+from condenser.Condenser_text import table_name
 from condenser.coresets import herding_subset, k_center_subset, random_subset
 from condenser.evaluator import (
     Row,
@@ -43,7 +44,7 @@ from condenser.evaluator import (
     soft_labels,
     summarise,
 )
-from condenser.synthetic_set import SyntheticSet, load_synthetic
+from condenser.synthetic_set import SyntheticSet, check_compatible, load_synthetic
 from condenser.synthetic_text import student_view
 from config import CommandLine, ConfigError, Resolved
 from config.loader import flatten
@@ -66,7 +67,7 @@ NAMES = {
     "tfidf_random": "TF-IDF + linear, random subset", "condensed_soft": "condensed, soft labels",
     "random_soft": "random subset, soft labels",
 }  # fmt: skip
-DATA_FREE = ("full", "tfidf_full")  # rows that no condensation seed changes
+FIXED = ("full", "tfidf_full", "herding", "k_center")  # rows that no condensation seed changes
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def evaluate(resolved: Resolved[TextConfig], command: CommandLine) -> None:
 
 def seeds_of(cfg: TextConfig, row: str) -> tuple[int, ...]:
     """Condensation or subset seeds of a row."""
-    return (cfg.seed,) if row in DATA_FREE else cfg.evaluation.seeds or (cfg.seed,)
+    return (cfg.seed,) if row in FIXED else cfg.evaluation.seeds or (cfg.seed,)
 
 
 def source(cfg: TextConfig, row: str, seed: int) -> Path:
@@ -197,7 +198,11 @@ class Arms:
         which = (
             "0" if row == "initial" else "best" if self.cfg.evaluation.which == "best" else str(self.cfg.condense.niter)
         )
-        found = load_synthetic(source(self.cfg, row, seed) / "distilled_data" / f"syn_data_{which}.pth")
+        path = source(self.cfg, row, seed) / "distilled_data" / f"syn_data_{which}.pth"
+        found = load_synthetic(path)
+        table = self.job.factory.word_table
+        shape = (self.cfg.network.max_length, table.shape[1])
+        check_compatible(found, path, shape, self.cfg.dataset.nclass, table_name(table))
         data = student_view(found)
         if row == "condensed_soft":
             labels = self.teacher_labels(data)
@@ -212,7 +217,7 @@ class Arms:
             return herding_subset(self.members, ipc, self.features())
         if row == "k_center":
             return k_center_subset(self.members, ipc, self.features())
-        if row in DATA_FREE:
+        if row in ("full", "tfidf_full"):
             return torch.arange(len(self.job.train))
         return random_subset(self.members, ipc, seed)
 

@@ -1,5 +1,6 @@
 """What the three text programs share: their one configuration, the options short for it, data, encoder, teachers."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 from pydantic import model_validator
 
-from condenser.Condenser_text import CondenseConfig
+from condenser.Condenser_text import CondenseConfig, table_name
 from condenser.evaluator import EvaluationConfig
 from condenser.loop import OptimizationConfig
-from config import LocalPath, Option, Section
+from config import ConfigError, LocalPath, Option, Section
 from config.loader import flatten
+from utils.checkpoint import atomic_write
 from utils.corpus import Corpus
 from utils.ddp import World
 from utils.encoder import EncoderFactory, NetworkConfig, TextEncoder, encoder_factory, load_tokenizer
@@ -143,10 +145,24 @@ def fresh_teacher(cfg: TextConfig, job: TextJob, member: int) -> TextEncoder:
     return job.factory.fresh(cfg.pretrain.seed, "teacher init", member)
 
 
+def claim_bank(folder: Path, origin: dict[str, str]) -> None:
+    """Note what the teachers in a folder are trained on. Raises ConfigError for those of other documents or words."""
+    path = folder / "bank.json"
+    if not path.exists():
+        atomic_write(path, json.dumps(origin).encode())
+    elif json.loads(path.read_text()) != origin:
+        raise ConfigError(
+            f"{folder}: its teachers were trained on other documents or another word table (was the data changed, or a "
+            "package of the docstrings corpus upgraded?): run pretrain_script_text.py with --overwrite"
+        )
+
+
 def ensure_teachers(cfg: TextConfig, job: TextJob, world: World, flag: StopFlag) -> Path:
     """Train the teachers that are missing, each rank its share; their folder."""
     folder = Path(world.broadcast(str(bank_folder(cfg))))
     epoch = cfg.condense.teacher_model_epoch
+    if world.main:
+        claim_bank(folder, {"corpus": job.corpus.fingerprint, "word_table": table_name(job.factory.word_table)})
     missing = world.broadcast(missing_members(folder, cfg.condense.num_premodel, epoch))
     if missing:
         log.info(f"training {len(missing)} of {cfg.condense.num_premodel} teachers into {folder}")

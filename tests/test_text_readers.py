@@ -1,8 +1,9 @@
 """Readers agree with the published counts of the real data sets, and say in one line what is wrong with a file."""
 
 import csv
+import io
 import json
-import lzma
+import random
 import re
 import tarfile
 import zipfile
@@ -189,12 +190,25 @@ def test_own_csv_takes_names_with_blanks_and_several_labels(tmp_path: Path) -> N
     assert (corpus.classes, corpus.train.labels, corpus.multilabel) == (("New York", "Rome"), [(0, 1), (0,)], True)
 
 
+def tables(rows: str) -> dict[str, str | bytes]:
+    """The same rows as Reuters training and test table."""
+    return {f"{part}_data.csv": f"sentence,labels\n{rows}\n" for part in ("training", "test")}
+
+
+def damaged_archive() -> bytes:
+    """A compressed archive with a hole in the middle of its one file."""
+    whole, member = io.BytesIO(), tarfile.TarInfo("reut2-000.sgm")
+    member.size = 100_000
+    with tarfile.open(fileobj=whole, mode="w:xz") as archive:
+        archive.addfile(member, io.BytesIO(random.Random(0).randbytes(member.size)))
+    return whole.getvalue()[:50_000] + bytes(400) + whole.getvalue()[50_400:]
+
+
 GOOD = '{"text": "a", "label": "x"}\n'
-TABLE = "sentence,labels\n"
 BROKEN: dict[str, tuple[str, dict[str, str | bytes], str]] = {
     "no test": ("mine", {"train.jsonl": GOOD}, r"folder: no test.jsonl or test.csv"),
     "no train": ("mine", {"test.jsonl": GOOD}, r"folder: no train.jsonl or train.csv"),
-    "unknown class": ("mine", {"train.jsonl": GOOD, "test.jsonl": GOOD + '{"text":"b","label":"z"}'}, r"test.jsonl:2.*'z'"),
+    "unknown class": ("mine", {"train.jsonl": GOOD, "test.jsonl": '{"text":"b","label":"z"}'}, r"test.jsonl:1.*'z'"),
     "no label": ("mine", both(GOOD + '{"text": "b", "labels": []}'), r"train.jsonl:2.*without a label"),
     "null label": ("mine", both('{"text": "b", "label": null}'), r"train.jsonl:1.*None"),
     "not a number": ("mine", both('{"text": "b", "label": NaN}'), r"train.jsonl:1.*nan"),
@@ -207,19 +221,18 @@ BROKEN: dict[str, tuple[str, dict[str, str | bytes], str]] = {
     "no columns": ("mine", both("a,b\n1,2\n", "csv"), r"train.csv:1.*'a', 'b'"),
     "short row": ("mine", both("text,label\na\n", "csv"), r"train.csv:2: 1 cells"),
     "giant cell": ("mine", both("text,label\n" + "a" * 200_000 + ",x\n", "csv"), r"train.csv:2.*limit"),
-    "code in a cell": ("reuters", {"training_data.csv": TABLE + 'a,"[__import__(1)]"\n', "test_data.csv": TABLE}, r"training_data.csv:2"),
-    "string in brackets": ("reuters", {"training_data.csv": TABLE + "a,('abc')\n", "test_data.csv": TABLE}, r"training_data.csv:2"),
-    "deep cell": ("reuters", {"training_data.csv": TABLE + f"a,{'[' * 90_000}\n", "test_data.csv": TABLE}, r"training_data.csv:2"),
-    "vectors of two lengths": (
-        "reuters", {"training_data.csv": TABLE + 'a,"[0,1,1]"\nb,"[0,1,0,0]"\n', "test_data.csv": TABLE}, r"training_data.csv:2.*one length"),
-    "empty class": (
-        "reuters", {f: TABLE + 'a,"[1,0,1]"\nb,"[0,0,1]"\n' for f in ("training_data.csv", "test_data.csv")}, r"folder: class 'class_1'"),
-    "no test table": ("reuters", {"training_data.csv": TABLE}, r"folder: no test_data.csv"),
+    "code in a cell": ("reuters", tables('a,"[__import__(1)]"'), r"training_data.csv:2"),
+    "string in brackets": ("reuters", tables("a,('abc')"), r"training_data.csv:2"),
+    "deep cell": ("reuters", tables(f"a,{'[' * 90_000}"), r"training_data.csv:2"),
+    "vectors of two lengths": ("reuters", tables('a,"[0,1,1]"\nb,"[0,1,0,0]"'), r"training_data.csv:2.*one length"),
+    "vector of zeros": ("reuters", tables('a,"[1,1]"\nb,"[0,0]"'), r"training_data.csv:3.*without a label"),
+    "empty class": ("reuters", tables('a,"[1,0,1]"\nb,"[0,0,1]"'), r"folder: class 'class_1'"),
+    "no test table": ("reuters", {"training_data.csv": "sentence,labels\na,x\n"}, r"folder: no test_data.csv"),
     "no reuters": ("reuters", {"other.txt": ""}, r"folder: no Reuters data"),
     "document missing": ("reuters", {"cats.txt": "training/1 a\n"}, r"folder/training/1: missing"),
     "path in cats": ("reuters", {"cats.txt": "training/../../x a\n"}, r"cats.txt:1"),
     "broken zip": ("reuters", {"reuters.zip": b"PK"}, r"reuters.zip"),
-    "broken archive": ("reuters", {"reuters21578.tar.xz": lzma.compress(bytes(9999))[:-20]}, r"reuters21578.tar.xz"),
+    "broken archive": ("reuters", {"reuters21578.tar.xz": damaged_archive()}, r"reuters21578.tar.xz"),
     "no topic": ("reuters", {"reut2-000.sgm": "<REUTERS></REUTERS>"}, r"folder: no documents in the train part"),
     "news class 12": ("ag_news", both('"12","a","b"\n', "csv"), r"train.csv:1"),
     "news class empty": ("ag_news", both('"","a","b"\n', "csv"), r"train.csv:1"),

@@ -224,6 +224,9 @@ def load_pretrained(kind: Any, folder: Path | str) -> Any:
             f"network.model_path: no folder {path}: put an encoder there (config.json, model.safetensors, vocab.txt "
             "or tokenizer.json), or set network.model_path=scratch:tiny to build one"
         )
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # every rank would draw one
     try:
         return kind.from_pretrained(str(folder), local_files_only=local)
     except (OSError, ValueError) as error:

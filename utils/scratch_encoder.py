@@ -19,7 +19,9 @@ log = logging.getLogger("distill_lab")
 def build_scratch_encoder(folder: Path, preset: str, texts: Sequence[str], vocab_size: int, max_length: int) -> None:
     """Write config, tokenizer and weights of a fresh BERT into `folder`, which appears whole or not at all."""
     from transformers import BertConfig, BertModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = train_tokenizer(texts, vocab_size)
     layers, hidden, heads = PRESETS[preset]
     settings = BertConfig(
