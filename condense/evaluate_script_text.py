@@ -120,17 +120,21 @@ def source(cfg: TextConfig, row: str, seed: int) -> Path:
 def check_runs(cfg: TextConfig) -> None:
     """Raise ConfigError with the command to run for every condensation run that is wanted and not finished."""
     wanted = [r for r in cfg.evaluation.rows if r in ("condensed", "mean_matching", "initial", "condensed_soft")]
-    problems = []
+    missing: dict[Path, tuple[str, list[str]]] = {}  # run -> its arguments, the rows that read it
     for row in wanted:
         for seed in seeds_of(cfg, row):
-            if not (source(cfg, row, seed) / RESULT).exists():
+            folder = source(cfg, row, seed)
+            if not (folder / RESULT).exists():
                 extra = " condense.dis_metrics=MMD" if row == "mean_matching" else ""
-                problems.append(
-                    f"evaluation.rows: {row}: no finished run {source(cfg, row, seed)}: run condense_script_text.py "
-                    f"with the same arguments and seed={seed}{extra}, or leave the row out"
-                )
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+                missing.setdefault(folder, (f"seed={seed}{extra}", []))[1].append(row)
+    if missing:
+        raise ConfigError(
+            "\n".join(
+                f"evaluation.rows: {', '.join(rows)}: no finished run {folder}: run condense_script_text.py "
+                f"with the same arguments and {arguments}, or leave the rows out"
+                for folder, (arguments, rows) in missing.items()
+            )
+        )
 
 
 def judge_rows(cfg: TextConfig, job: TextJob, world: World, run: RunFolder, flag: StopFlag) -> None:

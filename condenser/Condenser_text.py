@@ -229,10 +229,10 @@ class Condenser(Problem):
         """Features [L, U, D] of documents [U]: computed once each, by length, shared out over the ranks."""
         lengths = self.documents.lengths[samples].tolist()
         parts = buckets(lengths, self.settings.token_budget)
-        features = torch.zeros(self.feature_shape[0], len(samples), self.feature_shape[2], device=self.device)
+        features = self.data.new_zeros(self.feature_shape[0], len(samples), self.feature_shape[2])
         for i in self.world.share([float(sum(lengths[j] for j in part)) for part in parts]):
             rows = self.documents.input(samples[parts[i]], self.device)
-            features[:, parts[i]] = self.model_interval(rows).features.float()
+            features[:, parts[i]] = self.model_interval(rows).features.to(features.dtype)
         return self.world.sum(features) if self.world.size > 1 else features
 
     def match(self) -> Losses:
@@ -277,8 +277,10 @@ class Condenser(Problem):
 
     @property
     def tile_size(self) -> int:
-        """Classes in one forward pass."""
-        return max(1, min(self.settings.token_budget // (self.settings.ipc * self.max_length), len(self.every_class)))
+        """Classes in one forward pass: within the token budget, in passes of even size over all classes."""
+        most = max(1, self.settings.token_budget // (self.settings.ipc * self.max_length))
+        passes = -(-len(self.every_class) // most)
+        return -(-len(self.every_class) // passes)
 
     def tiles(self) -> list[list[int]]:
         """Positions of this rank's classes, a forward pass each."""

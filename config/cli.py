@@ -64,8 +64,14 @@ def parse_command_line(argv: Sequence[str], doc: str, options: Sequence[Option])
     valued = {"--config_path", "--gpu"}
     add("--config_path", type=Path, required=True, metavar="FILE", help="the YAML file of the experiment")
     add("--gpu", metavar="LIST", help='the GPUs to use, as in "0,2,3"')
-    add("--debug", dest="overrides", action="append_const", const="debug=true", help="short run, more output")
-    add("--dry_run", action="store_true", help="check everything, write nothing")
+    add(
+        "--debug",
+        dest="overrides",
+        action="append_const",
+        const="debug=true",
+        help="few classes, a log line an iteration, tracebacks",
+    )
+    add("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
     add("--overwrite", action="store_true", help="start anew in a run folder that is already there")
     add("--set", dest="overrides", action="append", default=[], help=argparse.SUPPRESS)
     for option in (TF32, *options):

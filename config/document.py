@@ -93,7 +93,7 @@ def parse(text: str | bytes, file: str, folder: Path, problems: list[str]) -> An
 def read_layers(
     path: Path, program_folder: Path, problems: list[str], place: str = "", above: Sequence[Path] = ()
 ) -> list[dict[str, Given]]:
-    """A file's mapping after those of its `base` files, farthest first. ConfigError: unreadable or a cycle."""
+    """A file's mapping after those of its `base` files, farthest first. ConfigError: unreadable, a cycle."""
     path = Path(normpath(path.absolute()))
     file, prefix = shown(path), f"{place}: base: " if place else ""
     if path in above:

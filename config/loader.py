@@ -38,7 +38,7 @@ _WORDS = {
     "list_type": "a list",
     "model_type": "a mapping",
     "path_type": "a path",
-    "string_type": "a text",
+    "string_type": "text",
     "tuple_type": "a list",
 }
 
@@ -89,12 +89,12 @@ class _Builder:
     def __init__(self, root: type[Section], file: str, program_folder: Path, problems: list[str]) -> None:
         self.file, self.program_folder, self.problems = file, program_folder, problems
         self.sources: dict[str, str] = {}
-        self.homes: dict[str, list[str]] = {}  # key -> the sections that know it
+        self.homes: dict[str, list[str]] = {}  # key -> where it is known
         self.note_homes(root, "")
 
     def note_homes(self, schema: type[Section], trail: str) -> None:
         for name, field in schema.model_fields.items():
-            self.homes.setdefault(name, []).append(f"section '{trail}'" if trail else "the top level")
+            self.homes.setdefault(name, []).append(f"in section '{trail}'" if trail else "at the top level")
             inner, _ = as_section(field.annotation)
             if inner:
                 self.note_homes(inner, _dotted(trail, name))
@@ -184,7 +184,7 @@ class _Builder:
     def unknown(self, place: str, dotted: str, key: str, known: Iterable[str]) -> str:
         """Note an unknown key; returns the remedy."""
         homes = self.homes.get(key)
-        hint = f"; known in {' and '.join(homes)}" if homes else nearest(key, known)
+        hint = f"; known {' and '.join(homes)}" if homes else nearest(key, known)
         self.problems.append(f"{place}: {dotted}: unknown key{hint or '; known: ' + ', '.join(known)}")
         return hint
 

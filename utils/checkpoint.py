@@ -66,5 +66,5 @@ def load_pth(path: Path) -> Any:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except Exception as error:  # torch raises a different type for every way in which a file can be broken
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        reason = str(error).split(". ")[0].split("\n")[0][:160] or type(error).__name__  # then advice to coders
         raise ConfigError(f"{path}: not a readable file of tensors ({reason}): delete or replace it") from error

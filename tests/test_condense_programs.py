@@ -1,0 +1,356 @@
+"""The three text programs as users start them: processes, ranks, signals, mistakes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ("pretrain_script_text", "condense_script_text", "evaluate_script_text")
+CLASSES = ("corn", "money", "oil", "ship", "rare")
+NITER = 40
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+STUDENT = {"optimizer": "adamw", "lr": 1e-3, "head_lr": 3e-3, "batch_size": 16}
+CONFIG = {
+    "dataset": {"dataset": "mini", "nclass": 5, "batch_real": 8, "is_multilabel": True},
+    "network": {"model_path": "scratch:tiny", "depth": 2, "max_length": 16, "pooling": "mean", "vocab_size": 300},
+    "pretrain": STUDENT | {"epochs": 2},
+    "optimization": {"optimizer": "adam", "lr_img": 0.05, "lr_scale_adam": 1.0},
+    "condense": {
+        "ipc": 2, "num_premodel": 2, "teacher_model_epoch": 2, "niter": NITER, "num_freqs": 32, "match_weight": 3,
+        "token_budget": 64, "save_every": 20, "checkpoint_every": 3, "val_every": 0,
+    },
+    "evaluation": STUDENT | {"steps": 5, "repeat": 2, "rows": ["condensed", "random", "full", "initial"]},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> str:
+        return self.err.strip().splitlines()[-1]
+
+
+def start(words: Sequence[str | Path], cwd: Path = ROOT) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(word) for word in words], cwd=cwd, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait(process: subprocess.Popen[str], status: int | None = 0) -> Ended:
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert status is None or process.returncode == status, f"{process.args}\n{out}\n{err}"
+    return Ended(process.returncode, out, err)
+
+
+def program(name: str) -> Path:
+    return ROOT / "condense" / f"{name}.py"
+
+
+def torchrun(ranks: int) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A small data set, its configuration and teachers."""
+
+    folder: Path
+
+    @property
+    def yaml(self) -> Path:
+        return self.folder / "mini.yaml"
+
+    def words(self, name: str, save: str = "base", *more: str) -> list[str | Path]:
+        """Program, configuration and overrides; `save` names the results folder."""
+        return [program(name), f"--config_path={self.yaml}", f"save_dir={self.folder / save}", *more]
+
+    def start(self, name: str, save: str = "base", *more: str, ranks: int = 1) -> subprocess.Popen[str]:
+        launcher = [sys.executable] if ranks == 1 else torchrun(ranks)
+        return start([*launcher, *self.words(name, save, *more)])
+
+    def condense(self, save: str, *more: str, ranks: int = 1) -> subprocess.Popen[str]:
+        return self.start("condense_script_text", save, *more, ranks=ranks)
+
+    def run_folder(self, save: str) -> Path:
+        """The one condensation run in a results folder."""
+        (folder,) = (self.folder / save / "condense" / "condense" / "mini" / "ipc2").iterdir()
+        return folder
+
+    def rows(self, save: str, iteration: int = NITER) -> torch.Tensor:
+        path = self.run_folder(save) / "distilled_data" / f"syn_data_{iteration}.pth"
+        return torch.load(path, weights_only=True)["data"]
+
+    def wait_for_state(self, save: str, process: subprocess.Popen[str]) -> None:
+        """Return as soon as the run has saved a state."""
+        until = time.monotonic() + 120
+        while not list((self.folder / save).glob("condense/condense/mini/ipc2/*/state.pth")):
+            assert process.poll() is None and time.monotonic() < until, wait(process, None)
+            time.sleep(0.002)
+
+
+def document(labels: Sequence[int], draw: random.Random) -> dict[str, object]:
+    words = [f"{CLASSES[label]}{'abcdef'[draw.randrange(6)]}" for label in labels for _ in range(5)]
+    words += [f"common{'abcdefgh'[draw.randrange(8)]}" for _ in range(draw.randrange(1, 6))]
+    draw.shuffle(words)
+    return {"text": " ".join(words), "labels": [CLASSES[label] for label in labels]}
+
+
+def write_data(folder: Path) -> None:
+    """60 documents; every fifth has two labels; the last class has a single one to train on."""
+    draw = random.Random(0)
+    folder.mkdir()
+    for part, count in (("train", 40), ("val", 8), ("test", 12)):
+        labels = [[i % 4] + ([(i + 1) % 4] if i % 5 == 0 else []) for i in range(count - 1)] + [[4]]
+        lines = [json.dumps(document(own, draw)) for own in labels]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Data, configuration and trained teachers."""
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    write_data(lab.folder / "data")
+    places = {"pretrained_dir": str(lab.folder / "teachers"), "cache_dir": str(lab.folder / "cache")}
+    dataset = CONFIG["dataset"] | {"data_dir": str(lab.folder / "data")}
+    lab.yaml.write_text(yaml.safe_dump(CONFIG | places | {"dataset": dataset}))
+    done = wait(lab.start("pretrain_script_text"))
+    assert "teacher 1: validation micro-F1" in done.err
+    return lab
+
+
+@pytest.fixture(scope="module")
+def base(lab: Lab) -> Lab:
+    """With one undisturbed run, by one process, in `base`."""
+    wait(lab.condense("base"))
+    return lab
+
+
+@pytest.fixture(scope="module")
+def stopped(lab: Lab) -> Lab:
+    """With a run in `stopped` that SIGTERM ended after its first saved states."""
+    process = lab.condense("stopped")
+    lab.wait_for_state("stopped", process)
+    process.send_signal(signal.SIGTERM)
+    done = wait(process, 128 + signal.SIGTERM)
+    assert "SIGTERM" in done.last and "same command" in done.last
+    assert 3 <= saved_iteration(lab, "stopped") < NITER
+    return lab
+
+
+def saved_iteration(lab: Lab, save: str) -> int:
+    return int(torch.load(lab.run_folder(save) / "state.pth", weights_only=True)["iteration"])
+
+
+def copy_run(lab: Lab, save: str) -> str:
+    """A copy of the stopped run under another results folder."""
+    shutil.copytree(lab.folder / "stopped", lab.folder / save)
+    return save
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_dry_run_works_from_any_folder_and_shows_where_values_come_from(lab: Lab, name: str) -> None:
+    words = lab.words(name, "nothing", "--dry_run", "condense.ipc=3")
+    own = [Path(words[0]).name, *words[1:]]
+    module = ["-m", f"condense.{name}", *words[1:]]
+    runs = [
+        start([sys.executable, *own], ROOT / "condense"),
+        start([sys.executable, *words], Path("/")),
+        start([sys.executable, *module], lab.folder),
+    ]
+    first, *others = [wait(process).out for process in runs]
+    assert "condense.ipc: 3  [command line]" in first
+    assert "condense.refresh: 1  [default]" in first
+    line = 1 + lab.yaml.read_text().splitlines().index("  num_freqs: 32")
+    assert f"condense.num_freqs: 32  [{lab.yaml}:{line}]" in first
+    places = [[text for text in out.splitlines() if "mini.yaml" not in text] for out in (first, *others)]
+    assert places[0] == places[1] == places[2]
+    assert not (lab.folder / "nothing").exists()
+
+
+def test_dry_run_needs_neither_data_nor_weights(lab: Lab) -> None:
+    absent = ("dataset.data_dir=/no/data", "network.model_path=/no/encoder")
+    runs = [lab.start(name, "nothing", "--dry_run", *absent) for name in PROGRAMS]
+    for process in runs:
+        done = wait(process)
+        for path in ("/no/data", "/no/encoder"):
+            assert len([line for line in done.out.splitlines() if f"{path} is absent" in line]) == 1
+        assert not done.err
+
+
+def test_learned_set_does_not_depend_on_the_number_of_ranks(base: Lab) -> None:
+    runs = {ranks: base.condense(f"ranks{ranks}", ranks=ranks) for ranks in (2, 3)}
+    for ranks, process in runs.items():
+        wait(process)
+        for iteration in (0, 20):
+            difference = base.rows(f"ranks{ranks}", iteration) - base.rows("base", iteration)
+            assert float(difference.abs().max()) <= 1e-5
+    assert float((base.rows("base", 20) - base.rows("base", 0)).abs().max()) > 1e-2
+
+
+def test_killed_run_goes_on_to_the_same_bits(base: Lab) -> None:
+    process = base.condense("killed")
+    base.wait_for_state("killed", process)
+    process.kill()
+    wait(process, -signal.SIGKILL)
+    assert not (base.run_folder("killed") / "result.json").exists()
+    done = wait(base.condense("killed"))
+    assert "resumed at iteration" in done.err
+    assert torch.equal(base.rows("killed"), base.rows("base"))
+    assert metrics(base, "killed") == metrics(base, "base")
+
+
+def metrics(lab: Lab, save: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (lab.run_folder(save) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stopped_run_goes_on_then_is_finished_then_starts_anew(base: Lab, stopped: Lab) -> None:
+    save = copy_run(stopped, "goes_on")
+    assert "resumed at iteration" in wait(base.condense(save)).err
+    assert torch.equal(base.rows(save), base.rows("base"))
+    assert "finished already" in wait(base.condense(save)).err
+    anew = wait(base.condense(save, "--overwrite"))
+    assert "resumed" not in anew.err and "finished already" not in anew.err
+    assert torch.equal(base.rows(save), base.rows("base"))
+
+
+def test_stopped_run_goes_on_with_another_number_of_ranks(base: Lab, stopped: Lab) -> None:
+    save = copy_run(stopped, "more_ranks")
+    assert "resumed at iteration" in wait(base.condense(save, ranks=2)).err
+    assert float((base.rows(save) - base.rows("base")).abs().max()) <= 1e-5
+
+
+def break_state(lab: Lab) -> list[str]:
+    (lab.run_folder(copy_run(lab, "broken_state")) / "state.pth").write_bytes(b"not a state")
+    return ["broken_state"]
+
+
+def break_teacher(lab: Lab) -> list[str]:
+    copy = lab.folder / "broken_teachers"
+    shutil.copytree(lab.folder / "teachers", copy)
+    (file,) = copy.glob("mini/ipc2/*/premodel1_epoch2.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    return ["m1", f"pretrained_dir={copy}"]
+
+
+def break_load(lab: Lab) -> list[str]:
+    file = lab.folder / "foreign.pth"
+    torch.save({"weights": torch.zeros(3)}, file)
+    return ["m2", "--init=load", f"--load_path={file}"]
+
+
+def break_yaml(lab: Lab) -> list[str]:
+    file = lab.folder / "typo.yaml"
+    file.write_text(lab.yaml.read_text().replace("num_freqs:", "num_freq:"))
+    return ["m3", f"--config_path={file}"]
+
+
+MISTAKES: dict[str, tuple[int, Callable[[Lab], list[str]], tuple[str, ...]]] = {
+    "typo": (2, break_yaml, ("typo.yaml:", "condense.num_freq", "did you mean 'num_freqs'?")),
+    "no data": (1, lambda lab: ["m4", "dataset.data_dir=/no/data"], ("/no/data", "dataset.data_dir")),
+    "nclass": (1, lambda lab: ["m5", "dataset.nclass=7"], ("dataset.nclass: 7", "5 classes")),
+    "state": (1, break_state, ("state.pth", "delete")),
+    "teacher": (1, break_teacher, ("premodel1_epoch2.safetensors", "delete it")),
+    "load": (1, break_load, ("foreign.pth", "synthetic set")),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_mistake_is_one_line_with_a_remedy(stopped: Lab, kind: str) -> None:
+    status, prepare, parts = MISTAKES[kind]
+    done = wait(stopped.condense(*prepare(stopped)), status)
+    assert "Traceback" not in done.err
+    assert all(part in done.last for part in parts), done.err
+    if status == 2:
+        assert len(done.err.strip().splitlines()) == 1
+
+
+def test_full_disk_names_the_file_and_loses_nothing(stopped: Lab) -> None:
+    save = copy_run(stopped, "full_disk")
+    before = (stopped.run_folder(save) / "state.pth").read_bytes()
+    words = [sys.executable, *map(str, stopped.words("condense_script_text", save))]
+    done = wait(start(["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *words]), 1)  # files of at most 20 KiB
+    assert "Traceback" not in done.err
+    assert "state.pth: cannot be written" in done.last
+    assert (stopped.run_folder(save) / "state.pth").read_bytes() == before
+
+
+def test_evaluation_reports_every_row(base: Lab) -> None:
+    done = wait(base.start("evaluate_script_text"))
+    (path,) = (base.folder / "base" / "condense" / "evaluate").rglob("report.json")
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["condensed", "random", "full", "initial"]
+    fields = {"name", "ipc", "labels", "micro_mean", "micro_std", "macro_mean", "macro_std", "map_mean", "threshold",
+              "bytes", "documents", "seconds"}  # fmt: skip
+    assert all(fields <= row.keys() for row in rows.values())
+    assert all(0 <= row["micro_mean"] <= 100 and row["labels"] == "hard" for row in rows.values())
+    assert (rows["full"]["documents"], rows["condensed"]["documents"]) == (40, 10)
+    assert rows["random"]["documents"] <= 10
+    # 10 rows of 16 embeddings of 128 float32, a mask bit per position, a byte of packed labels a row
+    assert rows["condensed"]["bytes"] == rows["initial"]["bytes"] == 10 * (16 * 128 * 4 + 2 + 1)
+    assert "full data" in done.out and "report.html" in done.out
+
+
+def test_evaluation_without_its_run_says_which_command_is_missing(lab: Lab) -> None:
+    done = wait(lab.start("evaluate_script_text", "never_condensed"), 1)
+    assert "Traceback" not in done.err
+    (line,) = done.err.strip().splitlines()
+    assert "condense_script_text.py" in line and "seed=0" in line
+
+
+@pytest.fixture
+def tiny_bert(shared_data: Path, tmp_path: Path) -> Path:
+    """A random BERT of two layers over the public vocabulary, saved as an encoder folder."""
+    from transformers import BertConfig, BertModel
+
+    vocabulary = shared_data / "bert_vocab" / "vocab.txt"
+    if not vocabulary.is_file():
+        pytest.skip(f"absent: {vocabulary}")
+    settings = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertModel(settings).save_pretrained(tmp_path / "bert")
+    shutil.copy(vocabulary, tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_six_ranks_condense_ninety_classes_as_in_the_readme(shared_data: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    corpus = shared_data / "reuters" / "nltk_data"
+    if not corpus.is_dir():
+        pytest.skip(f"absent: {corpus}")
+    command = [
+        *torchrun(6), "--nnodes=1", "condense_script_text.py", "--gpu=0,2,3,4,5,6",
+        "--config_path=../config/ipc10/reuters.yaml",
+        f"network.model_path={tiny_bert}", "network.depth=2", "network.layer_index=[1,2]", "network.max_length=64",
+        f"dataset.data_dir={corpus}", "pretrain.epochs=1", "pretrain.batch_size=256", "condense.niter=2",
+        "condense.teacher_model_epoch=1", "condense.num_premodel=1", f"save_dir={tmp_path / 'results'}",
+        f"pretrained_dir={tmp_path / 'teachers'}", f"cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    done = wait(start(command, ROOT / "condense"))
+    assert done.err.count("--gpu=0,2,3,4,5,6 is ignored") == 1
+    (data,) = (tmp_path / "results").rglob("distilled_data")
+    sets = [torch.load(data / f"syn_data_{i}.pth", weights_only=True)["data"] for i in (0, 2)]
+    assert [part.shape for part in sets] == [(900, 64, 32)] * 2
+    assert not torch.equal(*sets)
