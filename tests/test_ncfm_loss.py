@@ -82,7 +82,8 @@ def test_classes_in_one_batch_equal_a_loop_over_classes(loss_func: CFLossFunc | 
     batched = mutil_layer_match_loss(real, syn, t, loss_func, 300.0)
     looped = torch.stack(
         [
-            sum(300.0 * loss_func(normalize(reals[c][k], dim=1), normalize(syn[k, c], dim=1), t[k]) for k in range(2)) / 2
+            sum(300.0 * loss_func(normalize(reals[c][k], dim=1), normalize(syn[k, c], dim=1), t[k]) for k in range(2))
+            / 2
             for c in range(classes)
         ]
     )

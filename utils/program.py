@@ -32,15 +32,19 @@ def run_program(
         resolved = add_args_from_yaml(schema, command.config_path, command.overrides, folder)
     except ConfigError as error:
         return complain(error, 2, debug)
-    try:
-        record(body)(resolved, command)
-    except ConfigError as error:
-        return complain(error, 1, debug)
-    except Stopped as error:
-        if environment_local_rank() == 0:
-            print(error, file=sys.stderr)
-        return error.status
-    return 0
+
+    def attempt() -> int:
+        try:
+            body(resolved, command)
+        except ConfigError as error:
+            return complain(error, 1, debug)
+        except Stopped as error:
+            if environment_local_rank() == 0:
+                print(error, file=sys.stderr)
+            return error.status
+        return 0
+
+    return record(attempt)() or 0  # what gets this far is a fault of the program: the launcher shows its traceback
 
 
 def complain(error: Exception, status: int, debug: bool) -> int:

@@ -1,0 +1,83 @@
+"""The artefact, its files, and where rows start."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from condenser.coresets import k_center_subset, random_subset
+from condenser.synthetic_set import SyntheticSet, load_dataset, load_synthetic
+from condenser.synthetic_text import RowShape, decode, framed, student_view
+from config import ConfigError
+
+
+def small() -> SyntheticSet:
+    mask = torch.ones(4, 6, dtype=torch.uint8)
+    return SyntheticSet(torch.randn(4, 6, 3), torch.eye(2).repeat(2, 1), torch.tensor([0, 0, 1, 1]), mask,
+                        {"decode_type": "single", "factor": 2})  # fmt: skip
+
+
+def test_a_set_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
+    whole = small()
+    whole.save(tmp_path / "x.pth")
+    again = load_synthetic(tmp_path / "x.pth")
+    assert torch.equal(again.data, whole.data) and again.meta == whole.meta
+    data, mask, targets = load_dataset(tmp_path / "x.pth")[1]
+    assert torch.equal(data, whole.data[1]) and torch.equal(targets, whole.targets[1]) and mask.shape == (6,)
+
+
+def test_a_public_pair_of_tensors_is_read(tmp_path: Path) -> None:
+    torch.save([torch.randn(4, 6, 3), torch.eye(4)], tmp_path / "old.pth")
+    assert load_synthetic(tmp_path / "old.pth").owner.tolist() == [0, 1, 2, 3]
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("echo executed > /tmp/evil_was_here",)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "truncated", "foreign"])
+def test_a_bad_file_is_one_line_and_runs_nothing(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "bad.pth"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif kind == "truncated":
+        small().save(path)
+        path.write_bytes(path.read_bytes()[:300])
+    else:
+        torch.save({"model": torch.zeros(2)}, path)
+    with pytest.raises(ConfigError, match="bad.pth") as error:
+        load_synthetic(path)
+    assert "\n" not in str(error.value)
+    assert not Path("/tmp/evil_was_here").exists()
+
+
+def test_decoding_cuts_rows_into_spans_with_the_rows_labels() -> None:
+    whole = small()
+    data, _ = decode(whole.data, torch.ones(4, 6), 2)
+    assert torch.equal(data[3], whole.data[1, 3:])
+    view = student_view(whole)
+    assert len(view) == 8 and torch.equal(view.targets[2], whole.targets[1])
+
+
+def test_each_span_of_a_split_row_is_framed() -> None:
+    pieces = [torch.tensor([11, 12, 13, 14, 15, 16, 17]), torch.tensor([21])]
+    ids, mask = framed(pieces, RowShape(12, 2, True, 1, 2, 0))
+    assert ids.tolist() == [1, 11, 12, 13, 14, 2, 1, 21, 2, 0, 0, 0]
+    assert mask.tolist() == [1] * 9 + [0] * 3
+    ids, _ = framed(pieces, RowShape(12, 2, False, 1, 2, 0))
+    assert ids.tolist() == [1, 11, 12, 13, 14, 15, 21, 2, 0, 0, 0, 0]
+
+
+def test_a_random_subset_has_each_classs_share() -> None:
+    members = [torch.arange(0, 30), torch.tensor([30]), torch.arange(20, 40)]
+    chosen = set(random_subset(members, 5, 0).tolist())
+    assert [len(chosen & set(m.tolist())) >= k for m, k in zip(members, (5, 1, 5), strict=True)] == [True] * 3
+    assert random_subset(members, 5, 0).tolist() != random_subset(members, 5, 1).tolist()
+
+
+def test_k_center_takes_the_far_points() -> None:
+    points = torch.tensor([[0.0], [0.1], [0.2], [9.0], [-9.0]])
+    assert set(k_center_subset([torch.arange(5)], 3, points).tolist()) >= {3, 4}
