@@ -59,6 +59,7 @@ def k_center_subset(members: Sequence[Tensor], ipc: int, features: Tensor) -> Te
         for _ in range(min(len(ids), 4 * ipc) - 1):
             distance = torch.from_numpy(pairwise_distances(own, own[best : best + 1])[:, 0]).float()
             nearest = torch.minimum(nearest, distance)
+            nearest[best] = -1.0  # never again, even where documents repeat
             best = int(nearest.argmax())
             chosen.append(int(ids[best]))
         return chosen

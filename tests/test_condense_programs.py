@@ -299,6 +299,12 @@ def test_mistake_is_one_line_with_a_remedy(mistakes: dict[str, Ended], kind: str
     assert not log_lines
 
 
+def test_mistake_is_said_once_by_several_ranks(lab: Lab) -> None:
+    done = wait(lab.condense("m6", "dataset.nclass=7", ranks=2), 1)
+    assert done.err.count("dataset.nclass: 7, but mini has 5 classes") == 1
+    assert "[rank1]" not in done.err
+
+
 def test_full_disk_names_the_file_and_loses_nothing(stopped: Lab) -> None:
     save = copy_run(stopped, "full_disk")
     before = (stopped.run_folder(save) / "state.pth").read_bytes()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import ConfigError
-from utils.encoder import EncoderFactory, NetworkConfig, TextInput, encoder_factory, load_tokenizer
+from utils.encoder import EncoderFactory, NetworkConfig, Pooling, TextInput, encoder_factory, load_tokenizer
 from utils.scratch_encoder import build_scratch_encoder
 
 NETWORK = NetworkConfig(model_path="scratch:tiny", depth=2, layer_index=(1, 2), max_length=16, pooling="cls")
@@ -79,3 +79,60 @@ def test_a_config_that_does_not_fit_the_encoder_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         encoder_factory(NETWORK.model_copy(update=change), folder, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"depth": 3}, "depth"), ({"layer_index": (3,)}, "layer_index"), ({"model_path": "scratch:huge"}, "scratch:base")],
+)
+def test_a_config_that_contradicts_itself_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NetworkConfig(**{**NETWORK.model_dump(), **change})
+
+
+def test_an_encoder_of_another_depth_or_no_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
+    deeper = NetworkConfig(model_path=str(folder), depth=3, max_length=16)
+    with pytest.raises(ConfigError, match=r"depth: 3, but .* has 2 layers"):
+        encoder_factory(deeper, folder, 3)
+    with pytest.raises(ConfigError, match="no folder"):
+        encoder_factory(deeper, tmp_path / "absent", 3)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        encoder_factory(deeper, tmp_path, 3)
+
+
+@pytest.mark.parametrize("pooling", ["pooler", "cls", "mean"])
+def test_logits_ignore_what_stands_on_padding(pooling: Pooling, folder: Path) -> None:
+    network = NetworkConfig(model_path="scratch:tiny", depth=2, max_length=16, pooling=pooling)
+    net = encoder_factory(network, folder, 3).fresh(0, "net").eval()
+    rows = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) < torch.tensor([[6], [4]])).long()
+    whole = net(TextInput(torch.where(mask[..., None] > 0, rows, 7.0), mask))
+    short = net(TextInput(rows[1:, :4], mask[1:, :4]))
+    torch.testing.assert_close(net(TextInput(rows, mask)).logits, whole.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(short.features, whole.features[:, 1:], rtol=0, atol=1e-5)
+
+
+def test_drawing_an_encoder_leaves_the_global_random_state_alone(factory: EncoderFactory) -> None:
+    before = torch.random.get_rng_state()
+    one, same = (factory.fresh(0, "net", 1).state_dict() for _ in range(2))
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_scratch_encoder_is_the_same_whenever_it_is_built(tmp_path: Path) -> None:
+    texts = ["one two three", "two three four", "one four two"] * 3  # pieces of equal counts: nothing may hang on ties
+    built = []
+    for i in range(3):
+        build_scratch_encoder(tmp_path / str(i), "tiny", texts, 200, 16)
+        built.append({path.name: path.read_bytes() for path in (tmp_path / str(i)).iterdir()})
+    assert built[0] == built[1] == built[2]
+
+
+def test_word_pieces_are_those_of_the_texts_and_nothing_in_a_text_is_special(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert len(tokenizer) <= 300
+    assert tokenizer.tokenize("Alpha beta alphabeta") == ["alpha", "beta", *tokenizer.tokenize("alphabeta")]
+    assert "".join(piece.removeprefix("##") for piece in tokenizer.tokenize("alphabeta")) == "alphabeta"
+    ids = tokenizer("alpha ##a")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens([ids[0], ids[-1]]) == ["[CLS]", "[SEP]"]
+    assert "##a" not in tokenizer.convert_ids_to_tokens(ids)

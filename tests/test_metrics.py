@@ -42,3 +42,18 @@ def test_task_loss_is_the_log_likelihood_of_the_labels() -> None:
     expected = -(targets * p.log() + (1 - targets) * (1 - p).log()).sum(1)
     torch.testing.assert_close(task_loss(logits, targets, True), expected)
     torch.testing.assert_close(task_loss(logits, targets, False), -(targets * logits.softmax(1).log()).sum(1))
+
+
+def test_exact_match_is_the_share_of_rows_that_are_right_throughout() -> None:
+    probs, targets = sample(2)
+    ours = score(probs, targets, True, 0.4).exact
+    assert abs(ours - 100 * accuracy_score(targets.numpy(), (probs >= 0.4).numpy())) < 1e-9
+
+
+def test_a_tie_of_single_label_classes_is_one_decision() -> None:
+    targets = torch.nn.functional.one_hot(torch.arange(8) % 4, 4).float()
+    assert score(torch.full((8, 4), 0.25), targets, False, 0.5).micro == 25
+
+
+def test_a_threshold_is_found_where_nothing_is_positive() -> None:
+    assert best_threshold(torch.rand(5, 3), torch.zeros(5, 3)) in THRESHOLDS

@@ -116,3 +116,42 @@ def test_the_sampling_net_climbs_while_its_scales_stay_bounded() -> None:
     assert values[-1] > values[0]
     assert SMALLEST < float(net.scales().detach().min()) <= float(net.scales().detach().max()) < LARGEST
     assert net(noise)[0].unique(dim=0).shape[0] == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("alpha", "beta"), WEIGHTS)
+def test_a_set_against_itself_has_gradient_zero(alpha: float, beta: float, dtype: torch.dtype) -> None:
+    x = draw(6, 4).to(dtype)
+    syn = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(CFLossFunc(alpha, beta)(x, syn, draw(9, 4, seed=1).to(dtype)), syn)
+    assert not gradient.any()  # nan would count as any
+
+
+@pytest.mark.parametrize("loss_func", [CFLossFunc(0.7, 0.3), MeanLossFunc()])
+def test_order_of_samples_and_frequencies_does_not_matter(loss_func: CFLossFunc | MeanLossFunc) -> None:
+    a, b, t = draw(6, 4), draw(3, 4, seed=1), draw(9, 4, seed=2)
+    torch.testing.assert_close(loss_func(a[[3, 0, 5, 1, 4, 2]], b[[2, 0, 1]], t.flip(0)), loss_func(a, b, t))
+
+
+def test_the_ascent_gradient_is_minus_that_of_the_loss() -> None:
+    noise, real, syn = draw(2, 40, 6), draw(20, 6, seed=1), draw(5, 6, seed=2)
+    net = SamplingNet(2, 40, (0.5, 2.0)).double()
+
+    def loss(t: Tensor) -> Tensor:
+        return sum((CFLossFunc(0.7, 0.3)(real, syn, layer) for layer in t), torch.zeros(()))
+
+    (expected,) = torch.autograd.grad(loss(net(noise)), net.raw)
+    scaled = net(noise)
+    t = scaled.detach().requires_grad_()
+    net.ascend(scaled, torch.autograd.grad(loss(t), t)[0])
+    assert net.raw.grad is not None
+    torch.testing.assert_close(net.raw.grad, -expected)
+
+
+def test_scales_start_where_they_are_told_and_never_leave_their_bounds() -> None:
+    net = SamplingNet(2, 40, (0.5, 2.0))  # 3 scales for 40 frequencies
+    torch.testing.assert_close(net.scales().detach(), torch.tensor([[0.5, 2.0, 0.5]]).repeat(2, 1))
+    torch.testing.assert_close(net(torch.ones(2, 40, 3))[0, :5, 0].detach(), torch.tensor([0.5, 2.0, 0.5, 0.5, 2.0]))
+    with torch.no_grad():
+        net.raw.copy_(torch.tensor([-1e9, 0.0, 1e9]))
+    torch.testing.assert_close(net.scales()[0, ::2].detach(), torch.tensor([SMALLEST, LARGEST]))

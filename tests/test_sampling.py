@@ -58,3 +58,18 @@ def test_more_ranks_than_classes_leaves_ranks_idle() -> None:
 
 def test_debug_keeps_ten_classes_of_ninety() -> None:
     assert distribute_class(90, debug=True) == list(range(10))
+
+
+def test_training_batches_are_whole_where_the_size_does_not_divide_the_set() -> None:
+    lengths = torch.arange(3, 26)  # 23 documents
+    for epoch in range(3):
+        drawn = [training_batch(lengths, 8, 3 * epoch + turn, 0) for turn in range(3)]
+        assert torch.cat(drawn).unique().tolist() == list(range(23))
+        assert all(len(ids.unique()) == 8 for ids in drawn)
+    assert training_batch(lengths, 100, 5, 0).sort().values.tolist() == list(range(23))
+    assert training_batch(torch.tensor([4]), 8, 3, 0).tolist() == [0]
+
+
+def test_a_document_beyond_the_budget_is_a_bucket_of_its_own() -> None:
+    assert buckets([50, 3, 40, 3], 10) == [[1, 3], [2], [0]]
+    assert buckets([], 10) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from condenser.coresets import k_center_subset, random_subset
+from condenser.coresets import herding_subset, k_center_subset, random_subset
 from condenser.synthetic_set import SyntheticSet, load_dataset, load_synthetic
 from condenser.synthetic_text import RowShape, decode, framed, student_view
 from config import ConfigError
@@ -81,3 +81,48 @@ def test_a_random_subset_has_each_classs_share() -> None:
 def test_k_center_takes_the_far_points() -> None:
     points = torch.tensor([[0.0], [0.1], [0.2], [9.0], [-9.0]])
     assert set(k_center_subset([torch.arange(5)], 3, points).tolist()) >= {3, 4}
+
+
+class Shout:
+    """What a hostile file would hold: loading it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_code_inside_a_well_formed_file_does_not_run(tmp_path: Path) -> None:
+    path, marker = tmp_path / "set.pth", tmp_path / "ran"
+    torch.save({"data": torch.zeros(1, 2, 3), "targets": torch.eye(1), "owner": Shout(marker)}, path)
+    with pytest.raises(ConfigError, match="set.pth"):
+        load_synthetic(path)
+    assert not marker.exists()
+
+
+def test_samples_without_masks_or_with_too_few_labels(tmp_path: Path) -> None:
+    images = SyntheticSet(torch.randn(2, 3, 4, 4), torch.eye(2), torch.arange(2))
+    images.save(tmp_path / "images.pth")
+    assert load_synthetic(tmp_path / "images.pth").attention_mask is None
+    assert [tuple(v.shape) for v in load_dataset(tmp_path / "images.pth")[0]] == [(3, 4, 4), (2,)]
+    torch.save([torch.randn(3, 6, 2), torch.eye(2)], tmp_path / "short.pth")
+    with pytest.raises(ConfigError, match="3 samples but 2 labels"):
+        load_synthetic(tmp_path / "short.pth")
+
+
+def test_subsets_take_ipc_of_every_class_and_all_of_a_smaller_one() -> None:
+    members = [torch.arange(0, 30), torch.arange(30, 33), torch.arange(33, 60)]
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    subsets = random_subset(members, 5, 0), herding_subset(members, 5, features), k_center_subset(members, 5, features)
+    for chosen in subsets:
+        assert [int(torch.isin(own, chosen).sum()) for own in members] == [5, 3, 5]
+
+
+def test_herding_picks_the_samples_whose_mean_is_the_classs() -> None:
+    points = torch.tensor([[0.0, 9.0], [1.0, 0.0], [-1.0, 0.2], [0.0, -9.2]])  # mean 0
+    assert herding_subset([torch.arange(4)], 2, points).tolist() == [1, 2]
+
+
+def test_k_center_takes_ipc_samples_where_documents_repeat() -> None:
+    assert len(k_center_subset([torch.arange(6)], 3, torch.ones(6, 2))) == 3

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 THRESHOLDS = tuple(i / 40 for i in range(1, 40))  # 0.025 ... 0.975
 
@@ -32,7 +33,7 @@ def decide(probs: Tensor, multilabel: bool, threshold: float) -> Tensor:
     """0/1 decisions [N, C] of probabilities [N, C]: all classes over the threshold, or the largest one."""
     if multilabel:
         return (probs >= threshold).int()
-    return (probs == probs.max(1, keepdim=True).values).int()
+    return one_hot(probs.argmax(1), probs.shape[1]).int()
 
 
 def best_threshold(probs: Tensor, targets: Tensor) -> float:

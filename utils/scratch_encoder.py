@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,15 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     from transformers import BertTokenizerFast
 
     trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=2, show_progress=False)
-    return BertTokenizerFast(tokenizer_object=trainer._tokenizer)
+    # Inner letters get their ids in hash order, new in every run, and ids break ties: name the letters beforehand.
+    letters = Counter(char for text in texts for word in trainer.normalize(text).split() for char in word[1:])
+    inner = sorted(f"##{letter}" for letter, _ in letters.most_common(1000))  # the trainer keeps no more either
+    named = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *inner]
+    trainer.train_from_iterator(
+        texts, vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=named
+    )
+    plain = BertWordPieceTokenizer(trainer.get_vocab(), lowercase=True)  # in which the letters are nothing special
+    return BertTokenizerFast(tokenizer_object=plain._tokenizer)
 
 
 def word_vectors(ids: Sequence[Sequence[int]], vocab: int, dim: int) -> torch.Tensor:
