@@ -1,8 +1,7 @@
-"""Draws, batches and shares of work."""
+"""Draws and batches."""
 
 import torch
 
-from utils.ddp import assign, distribute_class
 from utils.sampling import ClassSampler, buckets, training_batch
 from utils.streams import generator, stream_seed
 
@@ -39,25 +38,6 @@ def test_streams_differ_by_name_and_not_by_order() -> None:
     first = torch.randn(3, generator=generator(0, "a"))
     torch.randn(100)
     assert torch.equal(first, torch.randn(3, generator=generator(0, "a")))
-
-
-def test_classes_are_balanced_by_cost_within_four_thirds() -> None:
-    costs = [min(256, round(2877 / (i + 1) ** 1.45) + 1) for i in range(90)]
-    parts = assign(costs, 6)
-    loads = [sum(costs[i] for i in part) for part in parts]
-    assert sorted(i for part in parts for i in part) == list(range(90))
-    assert max(loads) <= 4 / 3 * max(sum(costs) / 6, max(costs))
-    assert max(loads) / (sum(costs) / 6) < 1.1
-
-
-def test_more_ranks_than_classes_leaves_ranks_idle() -> None:
-    parts = [distribute_class(3, rank=r, size=5) for r in range(5)]
-    assert sorted(c for part in parts for c in part) == [0, 1, 2]
-    assert sum(not part for part in parts) == 2
-
-
-def test_debug_keeps_ten_classes_of_ninety() -> None:
-    assert distribute_class(90, debug=True) == list(range(10))
 
 
 def test_training_batches_are_whole_where_the_size_does_not_divide_the_set() -> None:
