@@ -4,10 +4,10 @@
     python -m scripts.bench_ncfm_text --shapes requirement             # BERT-base, 90 classes, 512 tokens: for a GPU
 
 The plain loop is what the method's description says, class by class: real forward at padded length, synthetic forward,
-a projection each for cosine and sine, the textbook loss, and a step of the whole tensor. Calibration, which costs both
-sides the same arithmetic, is left out.
-Same encoder, documents, frequencies, dtype, threads and allocator on both sides; teachers frozen, real side without
-gradient. First the two are compared in float64. `cached` is refresh 10: one iteration in ten rebuilds the real side.
+a projection each for cosine and sine, the textbook loss, and a step of the whole tensor; then calibration likewise.
+Same encoder, documents, frequencies, dtype, threads, optimiser and allocator on both sides; teachers frozen, real side
+without gradient. First the two are compared in float64. `exact` draws teacher and documents at every iteration;
+`cached` keeps them for ten: its time is that of an iteration with the real side at hand and a tenth of a rebuild.
 """
 
 if __name__ == "__main__":  # thread settings count only before torch is imported
@@ -18,23 +18,27 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 import argparse
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from condenser.Condenser_text import CondenseConfig, Condenser
+from condenser.loop import OptimizationConfig, iterate, make_optimizer
+from NCFM.cf_loss import frequencies
 from utils.ddp import World, choose_device, process_group
 from utils.encoder import EncoderFactory, TextInput
 from utils.streams import generator
-from utils.teachers import TeacherBank, trainable
+from utils.teachers import TeacherBank, trainable, update_feature_extractor
 from utils.utils_text import TextSet
 
 REFRESH = 10
+SIDES = ("plain", "exact", "cached")
 # Training documents of Reuters' 20 largest classes.
 HEAD = (2877, 1650, 538, 433, 389, 369, 347, 212, 197, 181, 140, 131, 125, 111, 101, 94, 87, 78, 75, 75)
 
@@ -53,22 +57,28 @@ class Shapes:
     ipc: int
     freqs: int
     budget: int
-    vocab: int = 2000
+    vocab: int
 
 
 SHAPES = {
-    "tiny": Shapes(2, 32, 2, (1, 2), 16, 4, 8, 2, 32, 256),
-    "small": Shapes(4, 256, 4, (2, 4), 64, 20, 256, 10, 1024, 8192),
-    "requirement": Shapes(12, 768, 12, (3, 6, 9, 12), 512, 90, 256, 10, 4096, 65536),
+    "tiny": Shapes(2, 32, 2, (1, 2), 16, 5, 8, 2, 32, 64, 2000),
+    "small": Shapes(4, 256, 4, (2, 4), 64, 20, 256, 10, 1024, 8192, 2000),
+    "requirement": Shapes(12, 768, 12, (3, 6, 9, 12), 512, 90, 256, 10, 4096, 65536, 30522),
 }
 
 
-def documents(shapes: Shapes) -> TextSet:
-    """Random tokens in Reuters' proportions: its class sizes; log-normal lengths, median 127 of 512 positions."""
+def documents(shapes: Shapes, scaled: bool) -> TextSet:
+    """Random tokens with Reuters' class sizes and lengths: log-normal, median 127, mean 170.
+
+    They are cut at the longest input; `scaled` first shrinks them as the input is shrunk from 512, which keeps the
+    share of padding that 512 positions have.
+    """
     gen = generator(0, "benchmark documents")
     sizes = [*HEAD, *(max(1, round(75 * 0.94**i)) for i in range(shapes.classes))][: shapes.classes]
     labels = torch.cat([torch.full((n,), c) for c, n in enumerate(sizes)])
-    lengths = 127 * shapes.length / 512 * torch.exp(0.85 * torch.randn(len(labels), generator=gen))
+    lengths = 127 * torch.exp(0.764 * torch.randn(len(labels), generator=gen))  # mean / median = exp(0.764^2 / 2)
+    if scaled:
+        lengths *= shapes.length / 512
     lengths = lengths.long().clamp(4, shapes.length)
     flat = torch.randint(10, shapes.vocab, (int(lengths.sum()),), generator=gen, dtype=torch.int32)
     return TextSet(flat, lengths.cumsum(0) - lengths, lengths, F.one_hot(labels, shapes.classes).float(), 0)
@@ -110,39 +120,78 @@ def textbook(real: Tensor, syn: Tensor, t: Tensor) -> Tensor:
     return (0.5 * amplitude + 0.5 * phase.clamp(min=1e-12)).sqrt().mean()
 
 
-def plain_iteration(c: Condenser, optimizer: torch.optim.Optimizer | None, iteration: int) -> tuple[Tensor, float]:
-    """One iteration class by class on the same rows; gradient of the matching loss [n, S, D] and its sum."""
+def plain_match(c: Condenser, t: Tensor, number: int, step: Callable[[], None]) -> float:
+    """Matching class by class on the condenser's rows at frequencies t [L, F, D]; sum of the losses."""
     ipc, total = c.settings.ipc, 0.0
-    kept = torch.zeros_like(c.data)
-    gen = generator(c.seed, "frequencies", iteration, device=c.device)
-    t = torch.randn(c.feature_shape, generator=gen, device=c.device).to(c.data.dtype)
-    for label in c.classes:
-        where = slice(label * ipc, (label + 1) * ipc)
-        x = c.documents.input(c.sampler.draw(label, iteration), c.device)
+    for i, label in enumerate(c.classes):
+        where = slice(i * ipc, (i + 1) * ipc)
+        x = c.documents.input(c.sampler.draw(label, number), c.device)
         room = c.max_length - x.tokens.shape[1]
-        padded = TextInput(F.pad(x.tokens, (0, room)), F.pad(x.mask, (0, room)))
         with torch.no_grad():
-            real = c.model_interval(padded).features
+            real = c.model_interval(TextInput(F.pad(x.tokens, (0, room)), F.pad(x.mask, (0, room)))).features
         syn = c.model_interval(TextInput(c.data[where], c.mask[where].long().to(c.device))).features
         losses = [textbook(F.normalize(r), F.normalize(s), u) for r, s, u in zip(real, syn, t, strict=True)]
         loss = c.settings.match_weight * torch.stack(losses).mean()
+        loss.backward()
+        step()
         total += float(loss.detach())
-        (gradient,) = torch.autograd.grad(loss, c.data)
-        kept += gradient
-        if optimizer:
-            c.data.grad = gradient
-            optimizer.step()
-    return kept, total
+    return total
+
+
+def plain_calibrate(c: Condenser, step: Callable[[], None]) -> float:
+    """Calibration class by class; sum of the losses."""
+    ipc, total = c.settings.ipc, 0.0
+    for i in range(len(c.classes)):
+        where = slice(i * ipc, (i + 1) * ipc)
+        logits = c.model_final(TextInput(c.data[where], c.mask[where].long().to(c.device))).logits
+        targets = c.targets[where].to(logits)
+        entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        loss = c.settings.calib_weight * entropy.sum(1).mean()
+        loss.backward()
+        step()
+        total += float(loss.detach())
+    return total
+
+
+def draw(c: Condenser, number: int) -> Tensor:
+    """Set the teachers of iteration `number` as the condenser does; its frequencies [L, F, D]."""
+    stream = generator(c.seed, "teacher", number)
+    update_feature_extractor(c.bank, c.model_final, c.model_interval, stream, *c.settings.interpolation)
+    gen = generator(c.seed, "frequencies", number, device=c.device)
+    return frequencies(c.feature_shape, c.settings.freq_scales, gen, c.data.detach())
+
+
+def plain_iteration(c: Condenser, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """Both losses, a step of the whole tensor for every class and loss."""
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    plain_match(c, draw(c, number), number, step)
+    plain_calibrate(c, step)
 
 
 def compare(world: World) -> float:
-    """Largest relative difference of loss and gradient, ours against the plain loop, in float64."""
-    c = make(SHAPES["tiny"], world, torch.float64, 1, documents(SHAPES["tiny"]))
+    """Largest relative difference of a loss or of a row's gradient, ours against the plain loop, in float64."""
+    c = make(SHAPES["tiny"], world, torch.float64, 1, documents(SHAPES["tiny"], True))
+    c.targets = c.targets.double()  # torch's cross-entropy computes partly in the precision of the targets
+
+    def measured(run: Callable[[], float]) -> tuple[float, Tensor]:
+        c.data.grad = torch.zeros_like(c.data)
+        return run(), c.data.grad.flatten(1)
+
     c.prepare(0)
-    ours = c.match().total
-    gradient = c.data.grad.clone() if c.data.grad is not None else torch.zeros_like(c.data)
-    expected, total = plain_iteration(c, None, 0)
-    return max(abs(ours - total) / total, float((gradient - expected).norm() / expected.norm()))
+    ours = (measured(lambda: c.match().total), measured(lambda: c.calibrate().total))
+    t = draw(c, 0)
+    plain = (measured(lambda: plain_match(c, t, 0, lambda: None)), measured(lambda: plain_calibrate(c, lambda: None)))
+    worst = 0.0
+    for name, (loss, rows), (want, want_rows) in zip(("match", "calibrate"), ours, plain, strict=True):
+        apart = abs(loss - want) / want
+        rows_apart = float(((rows - want_rows).norm(dim=1) / want_rows.norm(dim=1)).max())
+        print(f"float64 {name}: relative difference of loss {apart:.1e}, of a row's gradient {rows_apart:.1e}")
+        worst = max(worst, apart, rows_apart)
+    return worst
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -156,73 +205,89 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def peak(device: torch.device) -> float:
-    """Peak memory in GB since the last call on a GPU; of the process so far on the CPU."""
-    if device.type == "cuda":
-        value = torch.cuda.max_memory_allocated() / 1e9
-        torch.cuda.reset_peak_memory_stats()
-        return value
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def ours(c: Condenser, optimizer: torch.optim.Optimizer) -> None:
-    """Our matching step, the real side being at hand."""
-    optimizer.zero_grad()
-    c.match()
-    optimizer.step()
-
-
 def time_side(side: str, c: Condenser, optimizer: torch.optim.Optimizer, number: int) -> dict[str, float]:
-    """Seconds of one iteration of a side; for `cached` the rebuild of the real side and an iteration without it too."""
+    """Seconds of one iteration of a side; for `cached` the rebuild and an iteration without it too."""
     if side == "plain":
         return {"plain": seconds(lambda: plain_iteration(c, optimizer, number), c.device)}
     build = seconds(lambda: c.prepare(number * c.settings.refresh), c.device)
-    steady = seconds(lambda: ours(c, optimizer), c.device)
+    rest = seconds(lambda: iterate(c, optimizer, None), c.device)
     if side == "exact":
-        return {"exact": build + steady}
-    return {"cached": steady + build / REFRESH, "steady": steady, "build": build}
+        return {"exact": build + rest, "exact real side": build}
+    return {"cached": build / REFRESH + rest, "steady": rest, "build": build}
+
+
+def start(side: str, shapes: Shapes, world: World, data: TextSet) -> tuple[Condenser, torch.optim.Optimizer]:
+    """A side's condenser and optimiser, the one of the requirement: gradient descent with momentum."""
+    c = make(shapes, world, torch.float32, REFRESH if side == "cached" else 1, data)
+    return c, make_optimizer(c.data, OptimizationConfig(optimizer="sgd", lr_img=0.01), 1e-6)
+
+
+def peak_alone(side: str) -> float:
+    """Peak memory in GB of a side's first iteration in a process of its own, started with our arguments."""
+    words = [sys.executable, "-m", "scripts.bench_ncfm_text", *sys.argv[1:], "--only", side]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def only(side: str, shapes: Shapes, world: World, data: TextSet) -> float:
+    """Peak memory in GB of this process (of its device, if that is a GPU) after one iteration of one side."""
+    c, optimizer = start(side, shapes, world, data)
+    time_side(side, c, optimizer, 0)
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def rounds(count: int, shapes: Shapes, world: World, data: TextSet) -> None:
+    """Time the sides in turn, `count` rounds after one to warm up, and print every round and the medians."""
+    sides = {side: start(side, shapes, world, data) for side in SIDES}
+    taken: dict[str, list[float]] = {}
+    for number in range(count + 1):
+        found: dict[str, float] = {}
+        for side, (c, optimizer) in sides.items():
+            found |= time_side(side, c, optimizer, number)
+        print(f"round {number}: " + ", ".join(f"{k} {v:.3f} s" for k, v in found.items()), flush=True)
+        if number:
+            for name, value in found.items():
+                taken.setdefault(name, []).append(value)
+    print("median s/iteration: " + ", ".join(f"{k} {statistics.median(v):.3f}" for k, v in taken.items()))
+    for name in ("exact", "cached", "steady"):
+        ratios = [a / b for a, b in zip(taken["plain"], taken[name], strict=True)]
+        print(f"plain / {name}: {statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]", flush=True)
 
 
 def main() -> int:
     """Print the table; exit status 1 if the two sides disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--shapes", choices=[name for name in SHAPES if name != "tiny"], default="small")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("plain", "exact", "cached"), help="time one side alone, for its peak memory")
+    parser.add_argument("--classes", type=int, help="default: 20 (small) or 90 (requirement)")
+    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up (default: 3)")
+    parser.add_argument("--scaled", action="store_true", help="shrink document lengths with the input, from 512")
+    parser.add_argument("--only", choices=SIDES, help="one iteration of one side: prints its peak memory")
     args = parser.parse_args()
+    if args.rounds < 1 or (args.classes is not None and args.classes < 1):
+        parser.error("--rounds and --classes must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here")
     shapes = SHAPES[args.shapes]
-    with process_group(choose_device(None)) as world:
+    shapes = replace(shapes, classes=args.classes or shapes.classes)
+    device = torch.device("cpu") if args.device == "cpu" else choose_device(None)
+    if not args.only:  # first of all: a process inherits the peak of the one that starts it
+        peaks = {side: peak_alone(side) for side in SIDES}
+        print("peak memory, GB: " + ", ".join(f"{side} {value:.2f}" for side, value in peaks.items()), flush=True)
+    with process_group(device) as world:
+        data = documents(shapes, args.scaled).to(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-        if args.only is None:
-            torch.backends.cuda.matmul.allow_tf32 = False
-            difference = compare(world)
-            torch.backends.cuda.matmul.allow_tf32 = True
-            print(f"float64, ours against the plain loop: relative difference {difference:.1e}", flush=True)
-            if difference > 1e-8:
-                return 1
-        data = documents(shapes).to(world.device)
-        exact, cached = (make(shapes, world, torch.float32, refresh, data) for refresh in (1, REFRESH))
-        optimizers = {c: torch.optim.Adam([c.data], lr=1e-3) for c in (exact, cached)}
-        print(f"{world.device}, {torch.get_num_threads()} threads, {args.shapes}: {shapes}", flush=True)
-        taken: dict[str, list[float]] = {}
-        memory: dict[str, float] = {}
-        peak(world.device)
-        for number in range(args.rounds + 1):  # the first round warms up
-            found: dict[str, float] = {}
-            for side, condenser in (("plain", exact), ("exact", exact), ("cached", cached)):
-                if args.only in (None, side):
-                    found |= time_side(side, condenser, optimizers[condenser], number)
-                    memory[side] = peak(world.device)
-            print(f"round {number}: " + ", ".join(f"{k} {v:.3f} s" for k, v in found.items()), flush=True)
-            if number:
-                for name, value in found.items():
-                    taken.setdefault(name, []).append(value)
-        print("median s/iteration: " + ", ".join(f"{k} {statistics.median(v):.3f}" for k, v in taken.items()))
-        for name in ("exact", "cached", "steady"):
-            if args.only is None:
-                ratios = [a / b for a, b in zip(taken["plain"], taken[name], strict=True)]
-                print(f"plain / {name}: {statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]")
-        print("peak memory, GB: " + ", ".join(f"{side} {value:.2f}" for side, value in memory.items()))
+        if args.only:
+            print(f"peak memory in GB, {args.only}: {only(args.only, shapes, world, data):.2f}")
+            return 0
+        if compare(world) > 1e-8:
+            return 1
+        print(f"{device}, {torch.get_num_threads()} threads, {args.shapes}: {shapes}", flush=True)
+        share = float(data.lengths.float().mean()) / shapes.length
+        print(f"{len(data)} documents, {share:.0%} of the padded length on average", flush=True)
+        rounds(args.rounds, shapes, world, data)
     return 0
 
 
