@@ -54,11 +54,15 @@ def load_synthetic(path: Path) -> SyntheticSet:
         }
     if not isinstance(value, dict) or not {"data", "targets", "owner"} <= value.keys():
         raise ConfigError(f"{path}: holds neither a synthetic set nor a [data, targets] list")
+    mask, meta = value.get("attention_mask"), value.get("meta", {})
+    tensors = [value["data"], value["targets"], value["owner"], *([] if mask is None else [mask])]
+    if not all(isinstance(v, Tensor) for v in tensors) or not isinstance(meta, dict):
+        raise ConfigError(f"{path}: holds fields of another kind than a synthetic set's")
+    if mask is not None and mask.shape != value["data"].shape[:2]:
+        raise ConfigError(f"{path}: mask of shape {tuple(mask.shape)} for rows of {tuple(value['data'].shape)}")
     if not len(value["data"]) == len(value["targets"]) == len(value["owner"]):
         raise ConfigError(f"{path}: {len(value['data'])} samples but {len(value['targets'])} labels")
-    return SyntheticSet(
-        value["data"], value["targets"], value["owner"], value.get("attention_mask"), value.get("meta", {})
-    )
+    return SyntheticSet(value["data"], value["targets"], value["owner"], mask, meta)
 
 
 def load_dataset(path: Path) -> TensorDataset:

@@ -116,3 +116,12 @@ def test_herding_picks_the_samples_whose_mean_is_the_classs() -> None:
 
 def test_k_center_takes_ipc_samples_where_documents_repeat() -> None:
     assert len(k_center_subset([torch.arange(6)], 3, torch.ones(6, 2))) == 3
+
+
+@pytest.mark.parametrize("change", [{"data": 3}, {"meta": None}, {"attention_mask": torch.ones(4, 5)}])
+def test_fields_of_another_kind_are_one_line(tmp_path: Path, change: dict[str, object]) -> None:
+    whole = small()
+    fields = {"data": whole.data, "targets": whole.targets, "owner": whole.owner, "meta": whole.meta}
+    torch.save(fields | change, tmp_path / "odd.pth")
+    with pytest.raises(ConfigError, match="odd.pth"):
+        load_synthetic(tmp_path / "odd.pth")

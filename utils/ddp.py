@@ -105,6 +105,8 @@ def choose_device(gpu: str | None) -> torch.device:
     absent = [i for i in ids if i >= count]
     if absent:
         raise ConfigError(f"--gpu={gpu}: no device {absent[0]}, this machine shows 0 to {count - 1}")
+    if len(set(ids)) < len(ids):
+        raise ConfigError(f"--gpu={gpu}: a device is named twice; each process needs its own")
     if len(ids) < local_size:
         raise ConfigError(f"{local_size} processes share {len(ids)} GPUs: lower --nproc_per_node or list more in --gpu")
     return torch.device("cuda", ids[local_rank])
