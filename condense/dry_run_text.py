@@ -1,4 +1,4 @@
-"""What a text run would do: every value and its source, the classes of each rank, memory and work; touches nothing."""
+"""What a text run would do: every value and its source, the classes of each rank, memory and work; starts nothing."""
 
 from collections.abc import Sequence
 
