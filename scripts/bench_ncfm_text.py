@@ -5,9 +5,10 @@
 
 The plain loop is what the method's description says, class by class: real forward at padded length, synthetic forward,
 a projection each for cosine and sine, the textbook loss, and a step of the whole tensor; then calibration likewise.
-Same encoder, documents, frequencies, dtype, threads, optimiser and allocator on both sides; teachers frozen, real side
-without gradient. First the two are compared in float64. `exact` draws teacher and documents at every iteration;
-`cached` keeps them for ten: its time is that of an iteration with the real side at hand and a tenth of a rebuild.
+Same weights, documents, frequencies, dtype, threads, optimiser and allocator on both sides; teachers frozen, real side
+without gradient. First the two are compared in float64. Ratios are printed for matching alone and for matching and
+calibration. `exact` draws teacher and documents at every iteration; `cached` has the real side of its teacher state at
+hand, as with `teacher_states: n` after the first n draws; `refresh 10` adds a tenth of building one.
 """
 
 if __name__ == "__main__":  # thread settings count only before torch is imported
@@ -23,13 +24,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from condenser.Condenser_text import CondenseConfig, Condenser
-from condenser.loop import OptimizationConfig, iterate, make_optimizer
+from condenser.loop import OptimizationConfig, make_optimizer
 from NCFM.cf_loss import frequencies
 from utils.ddp import World, choose_device, process_group
 from utils.encoder import EncoderFactory, TextInput
@@ -37,8 +39,7 @@ from utils.streams import generator
 from utils.teachers import TeacherBank, trainable, update_feature_extractor
 from utils.utils_text import TextSet
 
-REFRESH = 10
-SIDES = ("plain", "exact", "cached")
+SIDES = ("plain", "ours")
 # Training documents of Reuters' 20 largest classes.
 HEAD = (2877, 1650, 538, 433, 389, 369, 347, 212, 197, 181, 140, 131, 125, 111, 101, 94, 87, 78, 75, 75)
 
@@ -62,7 +63,7 @@ class Shapes:
 
 SHAPES = {
     "tiny": Shapes(2, 32, 2, (1, 2), 16, 5, 8, 2, 32, 64, 2000),
-    "small": Shapes(4, 256, 4, (2, 4), 64, 20, 256, 10, 1024, 8192, 2000),
+    "small": Shapes(4, 256, 4, (2, 4), 64, 20, 256, 10, 1024, 2048, 2000),
     "requirement": Shapes(12, 768, 12, (3, 6, 9, 12), 512, 90, 256, 10, 4096, 65536, 30522),
 }
 
@@ -84,7 +85,7 @@ def documents(shapes: Shapes, scaled: bool) -> TextSet:
     return TextSet(flat, lengths.cumsum(0) - lengths, lengths, F.one_hot(labels, shapes.classes).float(), 0)
 
 
-def make(shapes: Shapes, world: World, dtype: torch.dtype, refresh: int, data: TextSet) -> Condenser:
+def make(shapes: Shapes, world: World, dtype: torch.dtype, data: TextSet) -> Condenser:
     """Our condenser on a random BERT of these shapes."""
     from transformers import AutoModel, BertConfig
 
@@ -99,7 +100,7 @@ def make(shapes: Shapes, world: World, dtype: torch.dtype, refresh: int, data: T
     bank = TeacherBank(*([{k: v.detach().clone() for k, v in trainable(net).items()}] for net in nets))
     condense = CondenseConfig(
         niter=1, ipc=shapes.ipc, num_premodel=1, teacher_model_epoch=1, init="random", decode_type="whole",
-        num_freqs=shapes.freqs, refresh=refresh, token_budget=shapes.budget, match_weight=300.0,
+        num_freqs=shapes.freqs, token_budget=shapes.budget, match_weight=300.0,
     )  # fmt: skip
     return Condenser(
         nclass_list=[list(range(shapes.classes))], device=world.device, settings=condense, documents=data,
@@ -107,6 +108,16 @@ def make(shapes: Shapes, world: World, dtype: torch.dtype, refresh: int, data: T
         max_length=shapes.length,
         batch_real=shapes.batch_real, multilabel=True, seed=0, world=world, dataset="benchmark",
     )  # fmt: skip
+
+
+def whole_blocks(c: Condenser) -> None:
+    """Give the encoders back the blocks of transformers, which compute every row of the last layer."""
+    nets: tuple[Any, Any] = (c.model_interval, c.model_final)
+    for net in nets:
+        blocks = net.blocks()
+        whole = type(blocks[0])(net.body.config)
+        whole.load_state_dict(blocks[-1].state_dict())
+        blocks[-1] = whole.to(c.data).requires_grad_(False).eval()
 
 
 def textbook(real: Tensor, syn: Tensor, t: Tensor) -> Tensor:
@@ -157,24 +168,18 @@ def draw(c: Condenser, number: int) -> Tensor:
     """Set the teachers of iteration `number` as the condenser does; its frequencies [L, F, D]."""
     stream = generator(c.seed, "teacher", number)
     update_feature_extractor(c.bank, c.model_final, c.model_interval, stream, *c.settings.interpolation)
+    return frequencies_of(c, number)
+
+
+def frequencies_of(c: Condenser, number: int) -> Tensor:
+    """Frequencies [L, F, D] of iteration `number`."""
     gen = generator(c.seed, "frequencies", number, device=c.device)
     return frequencies(c.feature_shape, c.settings.freq_scales, gen, c.data.detach())
 
 
-def plain_iteration(c: Condenser, optimizer: torch.optim.Optimizer, number: int) -> None:
-    """Both losses, a step of the whole tensor for every class and loss."""
-
-    def step() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    plain_match(c, draw(c, number), number, step)
-    plain_calibrate(c, step)
-
-
 def compare(world: World) -> float:
     """Largest relative difference of a loss or of a row's gradient, ours against the plain loop, in float64."""
-    c = make(SHAPES["tiny"], world, torch.float64, 1, documents(SHAPES["tiny"], True))
+    c = make(SHAPES["tiny"], world, torch.float64, documents(SHAPES["tiny"], True))
     c.targets = c.targets.double()  # torch's cross-entropy computes partly in the precision of the targets
 
     def measured(run: Callable[[], float]) -> tuple[float, Tensor]:
@@ -183,7 +188,8 @@ def compare(world: World) -> float:
 
     c.prepare(0)
     ours = (measured(lambda: c.match().total), measured(lambda: c.calibrate().total))
-    t = draw(c, 0)
+    whole_blocks(c)
+    t = frequencies_of(c, 0)
     plain = (measured(lambda: plain_match(c, t, 0, lambda: None)), measured(lambda: plain_calibrate(c, lambda: None)))
     worst = 0.0
     for name, (loss, rows), (want, want_rows) in zip(("match", "calibrate"), ours, plain, strict=True):
@@ -206,19 +212,31 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def time_side(side: str, c: Condenser, optimizer: torch.optim.Optimizer, number: int) -> dict[str, float]:
-    """Seconds of one iteration of a side; for `cached` the rebuild and an iteration without it too."""
+    """Seconds of the parts of one iteration: `match` and `calib` with their steps, and `build`, our real side."""
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def ours(gradient: Callable[[], object]) -> None:
+        gradient()
+        step()
+
     if side == "plain":
-        return {"plain": seconds(lambda: plain_iteration(c, optimizer, number), c.device)}
-    build = seconds(lambda: c.prepare(number * c.settings.refresh), c.device)
-    rest = seconds(lambda: iterate(c, optimizer, None), c.device)
-    if side == "exact":
-        return {"exact": build + rest, "exact real side": build}
-    return {"cached": build / REFRESH + rest, "steady": rest, "build": build}
+        match = seconds(lambda: plain_match(c, draw(c, number), number, step), c.device)
+        return {"match": match, "calib": seconds(lambda: plain_calibrate(c, step), c.device)}
+    return {
+        "build": seconds(lambda: c.prepare(number), c.device),
+        "match": seconds(lambda: ours(c.match), c.device),
+        "calib": seconds(lambda: ours(c.calibrate), c.device),
+    }
 
 
 def start(side: str, shapes: Shapes, world: World, data: TextSet) -> tuple[Condenser, torch.optim.Optimizer]:
     """A side's condenser and optimiser, the one of the requirement: gradient descent with momentum."""
-    c = make(shapes, world, torch.float32, REFRESH if side == "cached" else 1, data)
+    c = make(shapes, world, torch.float32, data)
+    if side == "plain":
+        whole_blocks(c)
     return c, make_optimizer(c.data, OptimizationConfig(optimizer="sgd", lr_img=0.01), 1e-6)
 
 
@@ -241,19 +259,20 @@ def only(side: str, shapes: Shapes, world: World, data: TextSet) -> float:
 def rounds(count: int, shapes: Shapes, world: World, data: TextSet) -> None:
     """Time the sides in turn, `count` rounds after one to warm up, and print every round and the medians."""
     sides = {side: start(side, shapes, world, data) for side in SIDES}
-    taken: dict[str, list[float]] = {}
+    taken: list[dict[str, dict[str, float]]] = []
     for number in range(count + 1):
-        found: dict[str, float] = {}
-        for side, (c, optimizer) in sides.items():
-            found |= time_side(side, c, optimizer, number)
-        print(f"round {number}: " + ", ".join(f"{k} {v:.3f} s" for k, v in found.items()), flush=True)
-        if number:
-            for name, value in found.items():
-                taken.setdefault(name, []).append(value)
-    print("median s/iteration: " + ", ".join(f"{k} {statistics.median(v):.3f}" for k, v in taken.items()))
-    for name in ("exact", "cached", "steady"):
-        ratios = [a / b for a, b in zip(taken["plain"], taken[name], strict=True)]
-        print(f"plain / {name}: {statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]", flush=True)
+        found = {side: time_side(side, c, optimizer, number) for side, (c, optimizer) in sides.items()}
+        parts = (f"{side} {name} {value:.3f} s" for side, times in found.items() for name, value in times.items())
+        print(f"round {number}: " + ", ".join(parts), flush=True)
+        taken += [found] if number else []
+    for title, names in (("matching", ("match",)), ("matching and calibration", ("match", "calib"))):
+        plain = [sum(found["plain"][name] for name in names) for found in taken]
+        print(f"{title}: plain loop {statistics.median(plain):.3f} s/iteration")
+        for mode, build in (("exact", 1.0), ("refresh 10", 0.1), ("cached", 0.0)):
+            ours = [sum(found["ours"][n] for n in names) + build * found["ours"]["build"] for found in taken]
+            ratios = [a / b for a, b in zip(plain, ours, strict=True)]
+            print(f"  {mode}: {statistics.median(ours):.3f} s/iteration, plain / ours {statistics.median(ratios):.2f} "
+                  f"[{min(ratios):.2f} - {max(ratios):.2f}]", flush=True)  # fmt: skip
 
 
 def main() -> int:

@@ -1,9 +1,11 @@
 """Encoders: the two ways in are one, padding says nothing, the word table stays."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from config import ConfigError
 from utils.encoder import EncoderFactory, NetworkConfig, Pooling, TextInput, encoder_factory, load_tokenizer
@@ -43,15 +45,38 @@ def test_padding_does_not_change_a_row(factory: EncoderFactory) -> None:
     torch.testing.assert_close(short.features, padded.features, rtol=0, atol=1e-5)
 
 
-def test_features_are_the_first_rows_of_transformers_hidden_states(factory: EncoderFactory) -> None:
+@pytest.mark.parametrize("pooling", ["cls", "pooler"])
+def test_features_are_the_first_rows_of_transformers_hidden_states(folder: Path, pooling: Pooling) -> None:
+    factory = encoder_factory(NETWORK.model_copy(update={"pooling": pooling}), folder, 3)
     net = factory.fresh(0, "net").eval()
-    ids, mask = torch.randint(5, 60, (4, 9)), torch.ones(4, 9, dtype=torch.long)
-    states = net.body(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(net(TextInput(ids, mask)).features, torch.stack([states[1][:, 0], states[2][:, 0]]))
-    torch.testing.assert_close(net.get_feature_single(ids, mask), states[2][:, 0])
+    ids, mask = torch.randint(5, 60, (4, 9)), (torch.arange(9) < torch.tensor([[9], [3], [7], [1]])).long()
+    with torch.random.fork_rng():  # transformers' own model, with the same weights
+        body = AutoModel.from_config(factory.template.config)
+    body.load_state_dict(net.body.state_dict(), strict=False)  # a pooler that is not used is absent
+    out = body.eval()(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     torch.testing.assert_close(
-        net.get_feature_single(embedding=net.word_table[ids]), states[2][:, 0], rtol=0, atol=1e-5
+        net(TextInput(ids, mask)).features, torch.stack([state[:, 0] for state in out.hidden_states[1:]])
     )
+    pooled = out.pooler_output if pooling == "pooler" else out.last_hidden_state[:, 0]
+    torch.testing.assert_close(net.get_feature_single(ids, mask), pooled)
+    rows = net.word_table[ids]
+    torch.testing.assert_close(net.get_feature_single(None, mask, rows), pooled, rtol=0, atol=1e-5)
+
+
+def test_the_last_row_alone_has_the_gradient_of_the_whole_block(folder: Path) -> None:
+    factory = encoder_factory(NETWORK, folder, 3)
+    net = factory.fresh(0, "net").double().eval()
+    whole, blocks = copy.deepcopy(net), copy.deepcopy(factory.template).get_submodule("encoder.layer").double()
+    whole.blocks()[-1] = blocks.get_submodule("1")
+    whole.load_state_dict(net.state_dict())
+    rows = torch.randn(4, 9, 128, dtype=torch.float64)
+    mask = (torch.arange(9) < torch.tensor([[9], [3], [7], [1]])).long()
+    grads = []
+    for encoder in (net, whole):
+        x = rows.clone().requires_grad_()
+        encoder(TextInput(x, mask)).logits.square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-12)
 
 
 def test_fresh_encoders_share_the_frozen_words_and_nothing_else(factory: EncoderFactory) -> None:

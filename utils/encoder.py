@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from config import ConfigError, ModelPath, Section
+from utils.contract import Output
+from utils.first_row import FirstRow, reads_alike
 from utils.streams import stream_seed
 
 Pooling = Literal["pooler", "cls", "mean"]
@@ -75,13 +77,6 @@ class TextInput(NamedTuple):
     mask: Tensor
 
 
-class Output(NamedTuple):
-    """What every network returns: logits [B, C] and the matched features [L, B, D]."""
-
-    logits: Tensor
-    features: Tensor
-
-
 class TextEncoder(nn.Module):
     """A transformers body under a linear head; `logits, features = net(TextInput)`.
 
@@ -99,6 +94,9 @@ class TextEncoder(nn.Module):
         nn.init.zeros_(self.head.bias)
         # The synthetic set lives in this table's space: it stays what it is, in teachers and students alike.
         self.word_table.requires_grad_(False)
+        blocks = self.blocks()
+        if pooling != "mean" and settings._attn_implementation in ("sdpa", "eager") and reads_alike(blocks[-1]):
+            blocks[-1] = FirstRow(blocks[-1])
 
     @property
     def word_table(self) -> Tensor:
