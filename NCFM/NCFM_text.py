@@ -1,19 +1,17 @@
 """Matching losses of text features: one layer (the pooled output) or the pooled rows of several layers."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from NCFM.cf_loss import Distance
+from NCFM.cf_loss import Distance, class_distances
 
 
 def match_loss(real: Tensor, feat_syn: Tensor, t: Tensor, loss_func: Distance, match_weight: float) -> Tensor:
     """Matching loss of every class [K] at one layer.
 
-    `real` [K, M] are the classes' mean embeddings of unit features (see `real_embedding`), `feat_syn` [K, n, D] the
-    features of their synthetic samples, `t` [F, D] the frequencies.
+    `real` [K, M] are the classes' mean embeddings of unit features (see `cf_loss.real_embedding`), `feat_syn` [K, n, D]
+    the features of their synthetic samples, `t` [F, D] the frequencies.
     """
-    syn = loss_func.embed(F.normalize(feat_syn, dim=-1), t).mean(-2)
-    return match_weight * loss_func.distance(real, syn)
+    return match_weight * class_distances(real, feat_syn, t, loss_func)
 
 
 def mutil_layer_match_loss(
@@ -25,8 +23,3 @@ def mutil_layer_match_loss(
 
 
 multi_layer_match_loss = mutil_layer_match_loss  # the right spelling of the same function
-
-
-def real_embedding(feat_real: Tensor, t: Tensor, loss_func: Distance) -> Tensor:
-    """Mean embedding [L, M] of one class's real features [L, B, D] at frequencies t [L, F, D]."""
-    return loss_func.embed(F.normalize(feat_real, dim=-1), t).mean(-2)

@@ -7,6 +7,7 @@ class is one vector, which can be kept, and all classes go through one matrix pr
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 
@@ -64,6 +65,17 @@ class MeanLossFunc:
 
 
 Distance = CFLossFunc | MeanLossFunc
+
+
+def real_embedding(feat_real: Tensor, t: Tensor, loss_func: Distance) -> Tensor:
+    """Mean embedding [L, M] of one class's unit features, from features [L, B, D] and frequencies t [L, F, D]."""
+    return loss_func.embed(F.normalize(feat_real, dim=-1), t).mean(-2)
+
+
+def class_distances(real: Tensor, feat_syn: Tensor, t: Tensor, loss_func: Distance) -> Tensor:
+    """Distance of every class [K] at one layer: mean embeddings [K, M] of real unit features against the synthetic
+    features [K, n, D], at frequencies t [F, D]."""
+    return loss_func.distance(real, loss_func.embed(F.normalize(feat_syn, dim=-1), t).mean(-2))
 
 
 def root(x: Tensor) -> Tensor:

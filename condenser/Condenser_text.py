@@ -1,81 +1,35 @@
-"""Condensation of text: what this rank's classes are matched against, and the gradients of their rows."""
+"""Condensation of text: rows of word embeddings, matched under encoders in passes within a token budget."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from condenser.compute_loss_text import compute_calib_loss, compute_match_loss
-from condenser.loop import LoopConfig, Losses, Problem, condense_loop
+from condenser.loop import condense_loop
+from condenser.matching import ClassCondenser, MatchConfig
 from condenser.synthetic_set import SyntheticSet, check_compatible, load_synthetic
 from condenser.synthetic_text import RowShape, decode, initial_class
-from config import ConfigError, LocalPath
-from NCFM.cf_loss import CFLossFunc, Distance, MeanLossFunc, frequencies
-from NCFM.NCFM_text import real_embedding
-from NCFM.sampling_net import SamplingNet
+from config import ConfigError
 from utils.ddp import World
 from utils.encoder import TextInput
-from utils.sampling import ClassSampler, buckets
+from utils.sampling import buckets
 from utils.streams import generator
-from utils.teachers import TeacherBank, update_feature_extractor
+from utils.teachers import TeacherBank
 from utils.utils_text import TextSet
 
 
-class CondenseConfig(LoopConfig):
-    """What is learned, against what."""
+class CondenseConfig(MatchConfig):
+    """What is learned, against what; the part that is text."""
 
-    ipc: int = Field(ge=1)
-    num_premodel: int = Field(ge=1)
-    teacher_model_epoch: int = Field(ge=1)  # the trained end of the teachers
-    interpolation: tuple[float, float] = (0.0, 1.0)  # range of l: 0 = trained teacher, 1 = its random start
-    init: Literal["random", "noise", "mix", "load"] = "mix"
-    load_path: LocalPath | None = None
     label_init: Literal["multihot", "onehot"] = "multihot"
     factor: int = Field(2, ge=1)  # real documents in a row of `mix`
     decode_type: Literal["single", "whole"] = "single"  # single: every span of a row is a sample; whole: the row is
-    dis_metrics: Literal["NCFM", "MMD"] = "NCFM"
-    num_freqs: int = Field(4096, ge=1)
-    freq_scales: tuple[float, ...] = (1.0,)  # deviations of the frequencies, dealt round-robin
-    alpha_for_loss: float = Field(0.5, ge=0)
-    beta_for_loss: float = Field(0.5, ge=0)
-    match_weight: float = Field(300.0, ge=0)
-    calib_weight: float = Field(1.0, ge=0)
-    sampling_net: bool = False
-    refresh: int = Field(1, ge=1)  # iterations for which one teacher state and its real side are kept; 1 = exact
-    teacher_states: int = Field(0, ge=0)  # 0: a new state at every refresh; n: n states, whose real sides are kept
     token_budget: int = Field(16384, ge=64)  # tokens of one forward pass
-
-    @model_validator(mode="after")
-    def check(self) -> "CondenseConfig":
-        """Cross-field rules."""
-        if self.init == "load" and self.load_path is None:
-            raise ValueError("load_path: required for init: load; name a syn_data_*.pth")
-        if self.alpha_for_loss == self.beta_for_loss == 0:
-            raise ValueError("alpha_for_loss: 0 and beta_for_loss: 0 leave no loss; set one above 0")
-        if not self.freq_scales or min(self.freq_scales) <= 0:
-            raise ValueError(f"freq_scales: {self.freq_scales} must be numbers above 0")
-        a, b = self.interpolation
-        if not 0 <= a <= b <= 1:
-            raise ValueError(f"interpolation: {self.interpolation} must be two rising numbers between 0 and 1")
-        return self
-
-    def distance(self) -> Distance:
-        """The distance that dis_metrics names."""
-        return CFLossFunc(self.alpha_for_loss, self.beta_for_loss) if self.dis_metrics == "NCFM" else MeanLossFunc()
-
-
-@dataclass(frozen=True)
-class RealSide:
-    """The real classes under one teacher state: mean embeddings [L, K, M], or features to embed anew [L, B_c, D]."""
-
-    t: Tensor  # frequencies [L, F, D], or the noise that the sampling net scales
-    means: Tensor | None
-    features: list[Tensor]
 
 
 def table_name(table: Tensor) -> str:
@@ -83,8 +37,8 @@ def table_name(table: Tensor) -> str:
     return hashlib.sha256(table.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-class Condenser(Problem):
-    """The rows of this rank's classes, and how their gradients are made."""
+class Condenser(ClassCondenser):
+    """Text rows of this rank's classes."""
 
     settings: CondenseConfig
 
@@ -106,47 +60,28 @@ class Condenser(Problem):
         world: World,
         dataset: str,
     ) -> None:
-        """`nclass_list[r]`: classes of rank r; `networks`: two encoders of the bank's kind; `frame`: [CLS], [SEP]."""
-        self.settings, self.documents, self.bank, self.world = settings, documents, bank, world
-        self.device, self.seed, self.multilabel, self.dataset = (
-            torch.device(device),
-            seed,
-            multilabel,
-            dataset,
-        )
-        self.model_interval, self.model_final = (net.to(self.device).eval().requires_grad_(False) for net in networks)
-        self.nclass_list = [list(part) for part in nclass_list]
-        self.classes = self.nclass_list[world.rank]
-        self.nclass = documents.targets.shape[1]
-        self.every_class = sorted(c for part in self.nclass_list for c in part)
-        self.table, self.max_length = table.cpu(), max_length
-        self.sampler = ClassSampler(documents.members(), batch_real, seed)
-        empty = [c for c in self.every_class if not len(self.sampler.members[c])]
-        if empty:
-            raise ConfigError(f"dataset: class {empty[0]} has no training document: remove it or add documents")
+        """`table` [V, D]: the word table; `frame`: ids of [CLS] and [SEP]; the rest as in ClassCondenser."""
         factor = settings.factor
         if settings.decode_type == "single" and (max_length % factor or max_length // factor < 3):
             raise ConfigError(
                 f"condense.factor: {factor} must divide network.max_length: {max_length} into spans of >= 3"
             )
+        self.documents, self.multilabel, self.dataset = documents, multilabel, dataset
+        self.table, self.max_length = table.cpu(), max_length
         self.spans = factor if settings.decode_type == "single" else 1
         self.shape = RowShape(max_length, factor, settings.decode_type == "single", *frame, documents.pad)
-        data, self.mask, self.targets = self.start()
-        self.data = data.to(self.device).requires_grad_()
-        self.loss_func = settings.distance()
-        layers = max(1, len(getattr(self.model_final, "layers", ())))
-        self.feature_shape = (layers, settings.num_freqs, table.shape[1])
-        self.sampling = None
-        if settings.sampling_net and settings.dis_metrics == "NCFM":
-            self.sampling = SamplingNet(layers, settings.num_freqs, settings.freq_scales).to(self.device)
-        self.key = -1
-        self.kept: dict[int, RealSide] = {}
+        super().__init__(
+            nclass_list=nclass_list, device=device, settings=settings, samples=documents, networks=networks, bank=bank,
+            layers=max(1, len(getattr(networks[1], "layers", ()))), width=table.shape[1], batch_real=batch_real,
+            seed=seed, world=world,
+        )  # fmt: skip
 
     @property
-    def row_owners(self) -> list[list[int]]:
-        """Positions in the whole set of every rank's rows; rows are in class order."""
-        place = {c: i * self.settings.ipc for i, c in enumerate(self.every_class)}
-        return [[place[c] + i for c in part for i in range(self.settings.ipc)] for part in self.nclass_list]
+    def row_mask(self) -> Tensor:
+        """Attention mask [n, S] of the rows."""
+        if self.mask is None:
+            raise ValueError("Condenser: text rows have a mask")
+        return self.mask
 
     @property
     def scale(self) -> float:
@@ -179,51 +114,13 @@ class Condenser(Problem):
         """This rank's rows of a saved set. Raises ConfigError where they do not fit."""
         found = load_synthetic(path)
         check_compatible(found, path, shape, self.nclass, table_name(self.table))
-        rows = [(found.owner == c).nonzero().flatten() for c in self.classes]
-        for c, own in zip(self.classes, rows, strict=True):
-            if len(own) != self.settings.ipc:
-                raise ConfigError(f"{path}: class {c} has {len(own)} rows, condense.ipc is {self.settings.ipc}")
-        which = torch.cat(rows)
+        which = self.loaded_rows(found.owner, path)
         mask = found.attention_mask
         mask = torch.ones(len(found.data), shape[0], dtype=torch.uint8) if mask is None else mask
         targets = found.targets
         if targets.ndim == 1:
             targets = nn.functional.one_hot(targets, self.nclass)
         return found.data[which].float(), mask[which].to(torch.uint8), targets[which].float()
-
-    # One iteration: teacher state and real side, then the two losses.
-
-    def prepare(self, iteration: int) -> None:
-        """Load the teacher state of an iteration and its real side, unless it is the one at hand."""
-        s, block = self.settings, iteration // self.settings.refresh
-        key = block
-        if s.teacher_states:
-            key = int(torch.randint(s.teacher_states, (1,), generator=generator(self.seed, "state", block)))
-        if key == self.key:
-            return
-        self.key = key
-        stream = generator(self.seed, "teacher", key)
-        update_feature_extractor(self.bank, self.model_final, self.model_interval, stream, *s.interpolation)
-        if key not in self.kept:
-            if not s.teacher_states:
-                self.kept.clear()
-            self.kept[key] = self.real_side(key)
-
-    @torch.no_grad()
-    def real_side(self, key: int) -> RealSide:
-        """Embed this rank's real classes with draw number `key` of documents and frequencies."""
-        gen = generator(self.seed, "frequencies", key, device=self.device)
-        like = self.data.detach()
-        scales = (1.0,) if self.sampling else self.settings.freq_scales
-        t = frequencies(self.feature_shape, scales, gen, like)
-        draws = {c: self.sampler.draw(c, key) for c in self.every_class}
-        unique = torch.cat(list(draws.values())).unique()
-        features = self.real_features(unique)  # [L, U, D]
-        own = [features[:, torch.searchsorted(unique, draws[c]).to(self.device)] for c in self.classes]
-        if self.sampling:
-            return RealSide(t, None, own)
-        means = [real_embedding(part, t, self.loss_func) for part in own]
-        return RealSide(t, torch.stack(means, 1) if means else None, [])
 
     def real_features(self, samples: Tensor) -> Tensor:
         """Features [L, U, D] of documents [U]: computed once each, by length, shared out over the ranks."""
@@ -235,75 +132,31 @@ class Condenser(Problem):
             features[:, parts[i]] = self.model_interval(rows).features.to(features.dtype)
         return self.world.sum(features) if self.world.size > 1 else features
 
-    def match(self) -> Losses:
-        """Add the gradient of the matching loss to the rows; returns its sum over this rank's classes."""
-        side, total = self.kept[self.key], 0.0
-        t = side.t
-        if self.sampling:
-            scaled = self.sampling(side.t)
-            t = scaled.detach().requires_grad_()
-        for tile in self.tiles():
-            rows, _ = self.tile_rows(tile)
-            if side.means is None:
-                real = torch.stack([real_embedding(side.features[i], t, self.loss_func) for i in tile], 1)
-            else:
-                real = side.means[:, tile]
-            loss = compute_match_loss(self.model_interval, rows, pad_classes(real, self.tile_size), t, self.loss_func,
-                                      self.settings.match_weight)  # fmt: skip
-            total += self.backward(loss[: len(tile)])
-        if self.sampling:
-            grad = t.grad if t.grad is not None else torch.zeros_like(t)
-            self.sampling.ascend(scaled, self.world.sum(grad))
-        return Losses(total, len(self.classes))
-
-    def calibrate(self) -> Losses:
-        """Add the gradient of the calibration loss to the rows; returns its sum over this rank's classes."""
-        total = 0.0
-        for tile in self.tiles():
-            rows, targets = self.tile_rows(tile)
-            loss = compute_calib_loss(self.model_final, rows, targets, self.tile_size, self.multilabel,
-                                      self.settings.calib_weight)  # fmt: skip
-            total += self.backward(loss[: len(tile)])
-        return Losses(total, len(self.classes))
-
-    @staticmethod
-    def backward(losses: Tensor) -> float:
-        """Backward pass of summed class losses [k]; their sum as a number."""
-        loss = losses.sum()
-        loss.backward()
-        return float(loss.detach())
-
-    # A forward pass always has the same shape, so that a row's result does not depend on how many ranks there are.
-
     @property
     def tile_size(self) -> int:
-        """Classes in one forward pass: within the token budget, in passes of even size over all classes."""
-        most = max(1, self.settings.token_budget // (self.settings.ipc * self.max_length))
-        passes = -(-len(self.every_class) // most)
-        return -(-len(self.every_class) // passes)
+        """Classes in one forward pass, within the token budget."""
+        return self.even_tiles(self.settings.token_budget // (self.settings.ipc * self.max_length))
 
-    def tiles(self) -> list[list[int]]:
-        """Positions of this rank's classes, a forward pass each."""
-        places = list(range(len(self.classes)))
-        return [places[i : i + self.tile_size] for i in range(0, len(places), self.tile_size)]
+    def as_input(self, rows: Tensor, where: slice) -> TextInput:
+        """Decoded rows and their mask; an empty row keeps one position a span, as attention needs one."""
+        mask = self.row_mask[where].to(self.device)
+        blank = torch.zeros(len(rows) - len(mask), self.max_length, dtype=mask.dtype, device=self.device)
+        blank[:, :: self.max_length // self.spans] = 1
+        data, mask = decode(rows, torch.cat([mask, blank]), self.spans)
+        return TextInput(data, mask.long())
 
-    def tile_rows(self, tile: list[int]) -> tuple[TextInput, Tensor]:
-        """Decoded rows and targets of a tile, filled up with empty rows to its full size."""
-        ipc = self.settings.ipc
-        where = slice(tile[0] * ipc, (tile[-1] + 1) * ipc)
-        data, mask = self.data[where], self.mask[where].to(self.device)
-        targets = self.targets[where].to(self.device)
-        short = self.tile_size * ipc - len(data)
-        if short:
-            blank = torch.zeros(short, self.max_length, dtype=mask.dtype, device=self.device)
-            blank[:, :: self.max_length // self.spans] = 1  # one position a span, as attention needs one
-            data = torch.cat([data, data.new_zeros(short, *data.shape[1:])])
-            mask = torch.cat([mask, blank])
-            targets = torch.cat([targets, targets.new_zeros(short, targets.shape[1])])
-        data, mask = decode(data, mask, self.spans)
-        return TextInput(data, mask.long()), targets.repeat_interleave(self.spans, 0)
+    def match_losses(self, x: TextInput, real: Tensor, t: Tensor) -> Tensor:
+        """Matching loss [K] at the wanted layers."""
+        return compute_match_loss(self.model_interval, x, real, t, self.loss_func, self.settings.match_weight)
 
-    def assemble(self, data: Tensor, mask: Tensor, targets: Tensor) -> SyntheticSet:
+    def calib_losses(self, x: TextInput, targets: Tensor) -> Tensor:
+        """Calibration loss [K]; every sample of a row has the row's labels."""
+        targets = targets.repeat_interleave(self.spans, 0)
+        return compute_calib_loss(
+            self.model_final, x, targets, self.tile_size, self.multilabel, self.settings.calib_weight
+        )
+
+    def assemble(self, data: Tensor, mask: Tensor | None, targets: Tensor) -> SyntheticSet:
         """The whole set from its parts, in class order."""
         s = self.settings
         owner = torch.tensor(self.every_class).repeat_interleave(s.ipc)
@@ -314,8 +167,3 @@ class Condenser(Problem):
         return SyntheticSet(data, targets, owner, mask, meta)
 
     condense = condense_loop
-
-
-def pad_classes(real: Tensor, size: int) -> Tensor:
-    """Mean embeddings [L, k, M] filled up with zeros to [L, size, M]."""
-    return nn.functional.pad(real, (0, 0, 0, size - real.shape[1]))

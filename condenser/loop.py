@@ -70,7 +70,7 @@ class Problem(ABC):
     settings: LoopConfig
     world: World
     data: Tensor  # leaf [n, ...], this rank's rows
-    mask: Tensor
+    mask: Tensor | None  # of text
     targets: Tensor
     sampling: SamplingNet | None
 
@@ -97,7 +97,7 @@ class Problem(ABC):
         """Add the calibration gradient."""
 
     @abstractmethod
-    def assemble(self, data: Tensor, mask: Tensor, targets: Tensor) -> SyntheticSet:
+    def assemble(self, data: Tensor, mask: Tensor | None, targets: Tensor) -> SyntheticSet:
         """The whole set from its gathered parts."""
 
 
@@ -213,9 +213,9 @@ def make_optimizer(data: Tensor, settings: OptimizationConfig, lr: float) -> tor
 
 def gather(self: Problem) -> SyntheticSet | None:
     """The whole set on rank 0."""
-    parts = [self.world.gather_rows(part, self.row_owners) for part in (self.data, self.mask, self.targets)]
-    data, mask, targets = parts
-    return None if data is None or mask is None or targets is None else self.assemble(data, mask, targets)
+    parts = (self.data, self.targets) if self.mask is None else (self.data, self.targets, self.mask)
+    whole = [part for part in (self.world.gather_rows(part, self.row_owners) for part in parts) if part is not None]
+    return self.assemble(whole[0], whole[2] if len(whole) > 2 else None, whole[1]) if whole else None
 
 
 def save_set(self: Problem, folder: Path, name: str) -> None:

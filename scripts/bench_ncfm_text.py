@@ -140,7 +140,7 @@ def plain_match(c: Condenser, t: Tensor, number: int, step: Callable[[], None]) 
         room = c.max_length - x.tokens.shape[1]
         with torch.no_grad():
             real = c.model_interval(TextInput(F.pad(x.tokens, (0, room)), F.pad(x.mask, (0, room)))).features
-        syn = c.model_interval(TextInput(c.data[where], c.mask[where].long().to(c.device))).features
+        syn = c.model_interval(TextInput(c.data[where], c.row_mask[where].long().to(c.device))).features
         losses = [textbook(F.normalize(r), F.normalize(s), u) for r, s, u in zip(real, syn, t, strict=True)]
         loss = c.settings.match_weight * torch.stack(losses).mean()
         loss.backward()
@@ -154,7 +154,7 @@ def plain_calibrate(c: Condenser, step: Callable[[], None]) -> float:
     ipc, total = c.settings.ipc, 0.0
     for i in range(len(c.classes)):
         where = slice(i * ipc, (i + 1) * ipc)
-        logits = c.model_final(TextInput(c.data[where], c.mask[where].long().to(c.device))).logits
+        logits = c.model_final(TextInput(c.data[where], c.row_mask[where].long().to(c.device))).logits
         targets = c.targets[where].to(logits)
         entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         loss = c.settings.calib_weight * entropy.sum(1).mean()

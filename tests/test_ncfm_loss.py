@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from NCFM.cf_loss import CFLossFunc, MeanLossFunc, frequencies
-from NCFM.NCFM_text import multi_layer_match_loss, mutil_layer_match_loss, real_embedding
+from NCFM.cf_loss import CFLossFunc, MeanLossFunc, frequencies, real_embedding
+from NCFM.NCFM_text import multi_layer_match_loss, mutil_layer_match_loss
 from NCFM.sampling_net import LARGEST, SMALLEST, SamplingNet
 
 WEIGHTS = [(0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.9, 0.1), (0.1, 2.0)]
