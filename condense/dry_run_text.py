@@ -2,34 +2,22 @@
 
 from collections.abc import Sequence
 
-from condense.text_job import TextConfig, condense_folder
+from condense.job import print_classes, print_values
+from condense.text_job import TextConfig, class_costs
 from config import Resolved
-from config.loader import flatten
-from utils.ddp import assign, environment_rank, environment_size, kept_classes
+from utils.ddp import environment_rank, environment_size
 from utils.encoder import local_hidden_size, missing_encoder
 from utils.utils_text import load_corpus
-
-
-def class_costs(cfg: TextConfig, counts: Sequence[int]) -> list[float]:
-    """Tokens per iteration and class: rows forward and backward for both losses, real side over refresh."""
-    rows = cfg.condense.ipc * cfg.network.max_length
-    real = [min(n, cfg.dataset.batch_real) for n in counts]
-    # Real documents are shared out by tokens whoever owns the class; what is left of them is their embedding.
-    return [3.0 * rows * (1 + cfg.condense.iter_calib) + 0.1 * n / cfg.condense.refresh for n in real]
 
 
 def dry_run(resolved: Resolved[TextConfig]) -> None:
     """Print the plan (rank 0)."""
     if environment_rank():
         return
-    cfg = resolved.config
-    print(f"run folder: {condense_folder(cfg)}")
-    for key, value in flatten(cfg).items():
-        print(f"  {key}: {value}  [{resolved.sources.get(key, 'default')}]")
+    cfg, ranks = resolved.config, environment_size()
+    print_values(resolved)
     counts, mean_tokens = class_counts(cfg)
-    ranks = environment_size()
-    for rank, part in enumerate(assign(class_costs(cfg, counts)[: kept_classes(cfg.dataset.nclass, cfg.debug)], ranks)):
-        print(f"rank {rank}: classes {', '.join(map(str, part)) or 'none (helps with the real side)'}")
+    print_classes(cfg, class_costs(cfg.condense, cfg.network.max_length, cfg.dataset.batch_real, counts), ranks)
     missing = missing_encoder(cfg.network)
     if missing:
         print(missing)

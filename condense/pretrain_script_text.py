@@ -10,21 +10,17 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import shutil
 import sys
 from pathlib import Path
 
 from condense.dry_run_text import dry_run
-from condense.text_job import OPTIONS, TextConfig, bank_folder, ensure_teachers, fresh_teacher, open_text
-from condenser.evaluator import logits_of
+from condense.job import OPTIONS
+from condense.teaching import teach
+from condense.text_job import TextConfig, open_text
 from config import CommandLine, Resolved
 from utils.init_script import init_script
-from utils.metrics import best_threshold, probabilities, score
 from utils.program import run_program
-from utils.run_folder import log
-from utils.sampling import buckets
 from utils.stopping import stop_flag
-from utils.teachers import load_bank
 
 
 def pretrain(resolved: Resolved[TextConfig], command: CommandLine) -> None:
@@ -34,22 +30,7 @@ def pretrain(resolved: Resolved[TextConfig], command: CommandLine) -> None:
         dry_run(resolved)
         return
     with init_script(command.gpu, cfg.tf32, cfg.seed, cfg.debug) as world, stop_flag() as flag:
-        if command.overwrite and world.main:
-            shutil.rmtree(bank_folder(cfg), ignore_errors=True)
-        world.barrier()
-        job = open_text(cfg, world)
-        folder = ensure_teachers(cfg, job, world, flag)
-        if not world.main:
-            return
-        net = fresh_teacher(cfg, job, 0).to(world.device)
-        bank = load_bank(folder, cfg.condense.num_premodel, cfg.condense.teacher_model_epoch, net, world.device)
-        parts = buckets(job.val.lengths.tolist(), cfg.condense.token_budget)
-        for member in range(len(bank)):
-            bank.interpolate(net, member, 0.0)
-            probs = probabilities(logits_of(net, job.val, parts, world.device), cfg.dataset.is_multilabel)
-            found = score(probs, job.val.targets, cfg.dataset.is_multilabel, best_threshold(probs, job.val.targets))
-            log.info(f"teacher {member}: validation micro-F1 {found.micro:.1f}, macro-F1 {found.macro:.1f}")
-        log.info(f"teachers: {folder}")
+        teach(open_text(cfg, world), flag, command.overwrite)
 
 
 def main() -> int:

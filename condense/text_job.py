@@ -1,119 +1,138 @@
-"""What the three text programs share: their one configuration, the options short for it, data, encoder, teachers."""
+"""The text modality of the programs: its configuration, data, encoders and pictures."""
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from torch import Tensor, nn
 
-from condenser.Condenser_text import CondenseConfig, table_name
-from condenser.evaluator import EvaluationConfig
-from condenser.loop import OptimizationConfig
-from config import ConfigError, LocalPath, Option, Section
-from config.loader import flatten
-from utils.checkpoint import atomic_write
+from condense.job import Job, JobConfig
+from condense.words import nearest_words
+from condenser.Condenser_text import CondenseConfig, Condenser, table_name
+from condenser.evaluator import StudentScore, TrainingSet, linear_baseline
+from condenser.synthetic_set import SyntheticSet, checked
+from condenser.synthetic_text import student_view
 from utils.corpus import Corpus
 from utils.ddp import World
-from utils.encoder import EncoderFactory, NetworkConfig, TextEncoder, encoder_factory, load_tokenizer
-from utils.run_folder import log, short_hash
-from utils.sampling import training_batch
+from utils.encoder import EncoderFactory, NetworkConfig, encoder_factory, load_tokenizer
+from utils.report import Block, Heading, Table
+from utils.run_folder import short_hash
+from utils.sampling import buckets
 from utils.scratch_encoder import build_scratch_encoder
-from utils.stopping import StopFlag
-from utils.teachers import PretrainConfig, missing_members, share_out_training, train_member
+from utils.teachers import TeacherBank
 from utils.utils_text import DatasetConfig, TextSet, get_loader, load_corpus
 
-OPTIONS = (
-    Option("ipc", "condense.ipc", "value", "documents to learn per class"),
-    Option("init", "condense.init", "value", "where they start", ("random", "noise", "mix", "load")),
-    Option("load_path", "condense.load_path", "path", "a saved set for --init load"),
-    Option("sampling_net", "condense.sampling_net", "flag", "learn the scales of the frequencies"),
-)
 
-
-class TextConfig(Section):
-    """The question that a run asks; every section is declared beside its reader."""
+class TextConfig(JobConfig):
+    """A text run."""
 
     dataset: DatasetConfig
     network: NetworkConfig
-    pretrain: PretrainConfig
-    optimization: OptimizationConfig
     condense: CondenseConfig
-    evaluation: EvaluationConfig
-    seed: int = 0
-    tf32: bool = True
-    debug: bool = False  # tracebacks, a log line an iteration, and only the first max(nclass // 100, 10) classes
-    save_dir: LocalPath = Path("../results")
-    pretrained_dir: LocalPath = Path("../pretrained_models")
-    cache_dir: LocalPath = Path("../dataset/cache")
 
-    @model_validator(mode="after")
-    def check(self) -> "TextConfig":
-        """Rules across sections."""
-        if self.condense.teacher_model_epoch > self.pretrain.epochs:
-            raise ValueError(
-                f"condense.teacher_model_epoch: {self.condense.teacher_model_epoch} is after the last epoch, "
-                f"pretrain.epochs: {self.pretrain.epochs}"
-            )
-        return self
+    @property
+    def data_name(self) -> str:
+        """Name of the corpus."""
+        return self.dataset.dataset
 
+    @property
+    def nclass(self) -> int:
+        """Number of its classes."""
+        return self.dataset.nclass
 
-def named(cfg: TextConfig, prefixes: Iterable[str]) -> dict[str, object]:
-    """The resolved values whose dotted keys begin with one of the prefixes."""
-    return {key: value for key, value in flatten(cfg).items() if key.startswith(tuple(prefixes))}
+    @property
+    def multilabel(self) -> bool:
+        """Whether a document may have several labels."""
+        return self.dataset.is_multilabel
+
+    @property
+    def net_name(self) -> str:
+        """Kind of the encoder."""
+        return self.network.net_type.lower()
 
 
-def condense_folder(cfg: TextConfig) -> Path:
-    """Folder of the condensation run: readable parts and a hash of all that the result depends on."""
-    c, o = cfg.condense, cfg.optimization
-    values = named(cfg, ("dataset.", "network.", "pretrain.", "optimization.", "condense.", "seed", "tf32", "debug"))
-    values |= {f"score.{k}": v for k, v in named(cfg, ("evaluation.",)).items() if k.split(".")[1] not in NOT_SCORE}
-    name = f"{c.dis_metrics}_{o.optimizer}_lr{o.lr_img:g}_f{c.num_freqs}_{c.init}_seed{cfg.seed}_{short_hash(values)}"
-    return cfg.save_dir / "condense" / "condense" / cfg.dataset.dataset / f"ipc{c.ipc}" / name
+class TextJob(Job):
+    """Documents and encoders of a run, on this rank."""
 
-
-NOT_SCORE = (
-    "rows",
-    "repeat",
-    "seeds",
-    "which",
-)  # of the evaluation section, what the held-out score does not read
-
-
-def evaluate_folder(cfg: TextConfig) -> Path:
-    """Folder of the evaluation of a run."""
-    keep = {k: v for k, v in flatten(cfg).items() if not k.endswith("_dir") or k == "dataset.data_dir"}
-    name = f"{condense_folder(cfg).name.rsplit('_', 1)[0]}_{short_hash(keep)}"
-    return cfg.save_dir / "condense" / "evaluate" / cfg.dataset.dataset / f"ipc{cfg.condense.ipc}" / name
-
-
-def bank_folder(cfg: TextConfig) -> Path:
-    """Folder of the teachers: their name does not depend on ipc, so those of another ipc are taken where they exist."""
-    values = named(cfg, ("dataset.", "network.", "pretrain.", "tf32")) | {"epoch": cfg.condense.teacher_model_epoch}
-    values = {
-        k: v for k, v in values.items() if k not in ("dataset.batch_real", "dataset.load_memory", "network.layer_index")
-    }
-    name = f"{cfg.network.net_type.lower()}_{short_hash(values)}"
-    root = cfg.pretrained_dir / cfg.dataset.dataset
-    own = root / f"ipc{cfg.condense.ipc}" / name
-    others = sorted(root.glob(f"ipc*/{name}"))
-    complete = [
-        f for f in [own, *others] if not missing_members(f, cfg.condense.num_premodel, cfg.condense.teacher_model_epoch)
-    ]
-    return complete[0] if complete else own
-
-
-@dataclass(frozen=True)
-class TextJob:
-    """Data and encoder of a run, on this rank."""
-
-    corpus: Corpus
+    cfg: TextConfig
     train: TextSet
     val: TextSet
     test: TextSet
-    factory: EncoderFactory
-    tokenizer: Any
+    program = "condense_script_text.py"
+    unit = "uint16 token ids"
+
+    def __init__(
+        self, cfg: TextConfig, world: World, corpus: Corpus, parts: tuple[TextSet, TextSet, TextSet],
+        factory: EncoderFactory, tokenizer: Any,
+    ) -> None:  # fmt: skip
+        self.cfg, self.world, self.corpus, self.factory, self.tokenizer = cfg, world, corpus, factory, tokenizer
+        self.train, self.val, self.test = parts
+        self.classes = corpus.classes
+        self.table = table_name(factory.word_table)
+        self.origin = {"corpus": corpus.fingerprint, "word_table": self.table}
+
+    def fresh(self, seed: int, purpose: str, *ids: int) -> nn.Module:
+        """A fresh encoder."""
+        return self.factory.fresh(seed, purpose, *ids)
+
+    def class_costs(self) -> list[float]:
+        """Tokens of every class."""
+        return class_costs(self.cfg.condense, self.cfg.network.max_length, self.cfg.dataset.batch_real,
+                           [len(ids) for ids in self.train.members()])  # fmt: skip
+
+    def condenser(
+        self, classes: Sequence[Sequence[int]], networks: tuple[nn.Module, nn.Module], bank: TeacherBank
+    ) -> Condenser:
+        """The condenser of this rank's classes."""
+        cfg = self.cfg
+        return Condenser(
+            nclass_list=classes,
+            device=self.world.device,
+            settings=cfg.condense,
+            documents=self.train,
+            networks=networks,
+            bank=bank,
+            table=self.factory.word_table,
+            frame=(int(self.tokenizer.cls_token_id), int(self.tokenizer.sep_token_id)),
+            max_length=cfg.network.max_length,
+            batch_real=cfg.dataset.batch_real,
+            multilabel=cfg.multilabel,
+            seed=cfg.seed,
+            world=self.world,
+            dataset=cfg.data_name,
+        )
+
+    def parts(self, data: TrainingSet) -> list[list[int]]:
+        """Documents of like length, within the token budget."""
+        return buckets(data.lengths.tolist(), self.cfg.condense.token_budget)
+
+    def student_view(self, found: SyntheticSet, path: Path) -> TrainingSet:
+        """Rows cut into their samples."""
+        shape = (self.cfg.network.max_length, self.factory.word_table.shape[1])
+        return student_view(checked(found, path, shape, self.cfg.nclass, word_table=self.table))
+
+    def pictures(self, found: SyntheticSet, folder: Path) -> list[Block]:
+        """The words nearest to the first row of every class."""
+        rows = nearest_words(found, self.factory.word_table, self.tokenizer, self.classes)
+        return [Heading("Nearest words of the learned rows"), Table(("class", "labels", "words"), rows)]
+
+    def linear(self, which: Tensor) -> StudentScore:
+        """Logistic regression on TF-IDF."""
+        corpus = self.corpus
+        if corpus.val is None:
+            raise ValueError("linear: the corpus has no validation part")
+        texts = corpus.train.texts
+        return linear_baseline(
+            [texts[i] for i in which.tolist()], self.train.targets[which], texts,
+            (corpus.val.texts, self.val.targets), (corpus.test.texts, self.test.targets), self.cfg.multilabel,
+        )  # fmt: skip
+
+
+def class_costs(c: CondenseConfig, max_length: int, batch_real: int, counts: Sequence[int]) -> list[float]:
+    """Tokens per iteration and class: rows forward and backward for both losses, real side over refresh."""
+    real = [min(n, batch_real) for n in counts]
+    # Real documents are shared out by tokens whoever owns the class; what is left of them is their embedding.
+    return [3.0 * c.ipc * max_length * (1 + c.iter_calib) + 0.1 * n / c.refresh for n in real]
 
 
 def open_text(cfg: TextConfig, world: World) -> TextJob:
@@ -126,7 +145,7 @@ def open_text(cfg: TextConfig, world: World) -> TextJob:
         key = short_hash(
             {"texts": corpus.fingerprint, "vocab": cfg.network.vocab_size, "length": cfg.network.max_length}
         )
-        folder = cfg.pretrained_dir / cfg.dataset.dataset / "encoders" / f"{cfg.network.preset}_{key}"
+        folder = cfg.pretrained_dir / cfg.data_name / "encoders" / f"{cfg.network.preset}_{key}"
         if world.main and not (folder / "config.json").exists():
             build_scratch_encoder(
                 folder, cfg.network.preset, corpus.train.texts, cfg.network.vocab_size, cfg.network.max_length
@@ -137,48 +156,5 @@ def open_text(cfg: TextConfig, world: World) -> TextJob:
     train, val, test = get_loader(corpus, tokenizer, cfg.network.max_length)
     if cfg.dataset.load_memory:
         train, val, test = (part.to(world.device) for part in (train, val, test))
-    return TextJob(corpus, train, val, test, encoder_factory(cfg.network, folder, cfg.dataset.nclass), tokenizer)
-
-
-def fresh_teacher(cfg: TextConfig, job: TextJob, member: int) -> TextEncoder:
-    """Teacher number `member` at its start."""
-    return job.factory.fresh(cfg.pretrain.seed, "teacher init", member)
-
-
-def claim_bank(folder: Path, origin: dict[str, str]) -> None:
-    """Note what the teachers in a folder are trained on. Raises ConfigError for those of other documents or words."""
-    path = folder / "bank.json"
-    if not path.exists():
-        atomic_write(path, json.dumps(origin).encode())
-    elif json.loads(path.read_text()) != origin:
-        raise ConfigError(
-            f"{folder}: its teachers were trained on other documents or another word table (was the data changed, or a "
-            "package of the docstrings corpus upgraded?): run pretrain_script_text.py with --overwrite"
-        )
-
-
-def ensure_teachers(cfg: TextConfig, job: TextJob, world: World, flag: StopFlag) -> Path:
-    """Train the teachers that are missing, each rank its share; their folder."""
-    folder = Path(world.broadcast(str(bank_folder(cfg))))
-    epoch = cfg.condense.teacher_model_epoch
-    if world.main:
-        claim_bank(folder, {"corpus": job.corpus.fingerprint, "word_table": table_name(job.factory.word_table)})
-    missing = world.broadcast(missing_members(folder, cfg.condense.num_premodel, epoch))
-    if missing:
-        log.info(f"training {len(missing)} of {cfg.condense.num_premodel} teachers into {folder}")
-    elif folder.parent.name != f"ipc{cfg.condense.ipc}":
-        log.info(f"using the teachers in {folder}")
-    per_epoch = -(-len(job.train) // cfg.pretrain.batch_size)
-
-    def train(member: int, shown: bool) -> None:
-        def batch(step: int) -> Any:
-            which = training_batch(job.train.lengths, cfg.pretrain.batch_size, step, cfg.pretrain.seed, member)
-            return job.train.batch(which, world.device)
-
-        train_member(
-            folder, member, epoch, lambda: fresh_teacher(cfg, job, member), batch, per_epoch, cfg.pretrain,
-            cfg.dataset.is_multilabel, world.device, flag, shown,
-        )  # fmt: skip
-
-    share_out_training(world, missing, train)
-    return folder
+    factory = encoder_factory(cfg.network, folder, cfg.nclass)
+    return TextJob(cfg, world, corpus, (train, val, test), factory, tokenizer)

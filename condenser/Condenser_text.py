@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from condenser.compute_loss_text import compute_calib_loss, compute_match_loss
 from condenser.loop import condense_loop
 from condenser.matching import ClassCondenser, MatchConfig
-from condenser.synthetic_set import SyntheticSet, check_compatible, load_synthetic
+from condenser.synthetic_set import SyntheticSet, checked, load_synthetic
 from condenser.synthetic_text import RowShape, decode, initial_class
 from config import ConfigError
 from utils.ddp import World
@@ -112,15 +112,11 @@ class Condenser(ClassCondenser):
 
     def load_condensed_data(self, path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's rows of a saved set. Raises ConfigError where they do not fit."""
-        found = load_synthetic(path)
-        check_compatible(found, path, shape, self.nclass, table_name(self.table))
+        found = checked(load_synthetic(path), path, shape, self.nclass, table_name(self.table))
         which = self.loaded_rows(found.owner, path)
         mask = found.attention_mask
         mask = torch.ones(len(found.data), shape[0], dtype=torch.uint8) if mask is None else mask
-        targets = found.targets
-        if targets.ndim == 1:
-            targets = nn.functional.one_hot(targets, self.nclass)
-        return found.data[which].float(), mask[which].to(torch.uint8), targets[which].float()
+        return found.data[which].float(), mask[which].to(torch.uint8), found.targets[which]
 
     def real_features(self, samples: Tensor) -> Tensor:
         """Features [L, U, D] of documents [U]: computed once each, by length, shared out over the ranks."""

@@ -172,12 +172,16 @@ class ClassCondenser(Problem):
         if key == self.key:
             return
         self.key = key
-        stream = generator(self.seed, "teacher", key)
-        update_feature_extractor(self.bank, self.model_final, self.model_interval, stream, *s.interpolation)
+        self.draw_state(key)
         if key not in self.kept:
             if not s.teacher_states:
                 self.kept.clear()
             self.kept[key] = self.real_side(key)
+
+    def draw_state(self, key: int) -> None:
+        """Set the networks to teacher state number `key`."""
+        stream = generator(self.seed, "teacher", key)
+        update_feature_extractor(self.bank, self.model_final, self.model_interval, stream, *self.settings.interpolation)
 
     @torch.no_grad()
     def real_side(self, key: int) -> RealSide:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.utils.data import TensorDataset
 
 from config import ConfigError
@@ -72,15 +73,25 @@ def load_dataset(path: Path) -> TensorDataset:
     return TensorDataset(found.data, *masks, found.targets)
 
 
-def check_compatible(found: SyntheticSet, path: Path, shape: tuple[int, ...], nclass: int, table: str) -> None:
-    """Raise ConfigError unless samples have `shape`, targets `nclass` columns and the word table is the same one."""
+def checked(
+    found: SyntheticSet, path: Path, shape: tuple[int, ...], nclass: int, word_table: str | None = None
+) -> SyntheticSet:
+    """The set with targets [N, nclass], class ids made one-hot. Raises ConfigError unless samples have `shape`, targets
+    fit and, for text, the word table is the one that it was learned for."""
     if tuple(found.data.shape[1:]) != shape:
         raise ConfigError(
-            f"{path}: rows of shape {tuple(found.data.shape[1:])}, this config has {shape}: check max_length"
+            f"{path}: samples of shape {tuple(found.data.shape[1:])}, this config has {shape}: check the length or size"
         )
-    if found.targets.ndim == 2 and found.targets.shape[1] != nclass:
-        raise ConfigError(f"{path}: {found.targets.shape[1]} classes, this config has {nclass}")
+    targets = found.targets
+    if targets.ndim == 1:
+        wrong = targets[(targets < 0) | (targets >= nclass) | (targets != targets.long())]
+        if len(wrong):
+            raise ConfigError(f"{path}: class {wrong[0].item()}, this config has classes 0 to {nclass - 1}")
+        targets = one_hot(targets.long(), nclass)
+    if targets.shape[1:] != (nclass,):
+        raise ConfigError(f"{path}: {targets.shape[-1]} classes, this config has {nclass}")
     if not torch.isfinite(found.data).all():
         raise ConfigError(f"{path}: holds values that are not finite")
-    if found.meta.get("word_table", table) != table:
+    if word_table and found.meta.get("word_table", word_table) != word_table:
         raise ConfigError(f"{path}: learned for another word table: use the encoder it was made with")
+    return found.with_targets(targets.float())

@@ -36,8 +36,12 @@ def run_program(
     def attempt() -> int:
         try:
             body(resolved, command)
+            sys.stdout.flush()
         except ConfigError as error:
             return complain(error, 1, debug)
+        except BrokenPipeError:  # as in `program --dry_run | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
+            return 128 + signal.SIGPIPE
         except Stopped as error:
             if environment_local_rank() == 0:
                 print(error, file=sys.stderr)

@@ -75,9 +75,14 @@ class TextSet:
         return [column.nonzero().flatten() for column in self.targets.T]
 
     @property
+    def data_bytes(self) -> int:
+        """Bytes of the documents as uint16 token ids."""
+        return 2 * int(self.lengths.sum())
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the documents as uint16 token ids and packed multi-hot labels."""
-        return 2 * int(self.lengths.sum()) + len(self) * -(-self.targets.shape[1] // 8)
+        """Bytes of the documents and of their packed multi-hot labels."""
+        return self.data_bytes + len(self) * -(-self.targets.shape[1] // 8)
 
 
 def tokenise(split: Split, nclass: int, tokenizer: Any, max_length: int) -> TextSet:

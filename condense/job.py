@@ -1,0 +1,270 @@
+"""What the programs of every modality share: run folders, the teachers, and what a modality has to say for itself."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from condenser.evaluator import EvaluationConfig, StudentScore, TrainingSet
+from condenser.loop import OptimizationConfig
+from condenser.matching import ClassCondenser, MatchConfig
+from condenser.synthetic_set import SyntheticSet
+from config import ConfigError, LocalPath, Option, Resolved, Section
+from config.loader import flatten
+from utils.checkpoint import atomic_write
+from utils.ddp import World, assign, distribute_class, kept_classes
+from utils.report import Block
+from utils.run_folder import log, short_hash
+from utils.sampling import training_batch
+from utils.stopping import StopFlag
+from utils.teachers import (
+    PretrainConfig,
+    TeacherBank,
+    load_bank,
+    missing_members,
+    share_out_training,
+    train_member,
+)
+
+OPTIONS = (
+    Option("ipc", "condense.ipc", "value", "samples to learn per class"),
+    Option("init", "condense.init", "value", "where they start", ("random", "noise", "mix", "load")),
+    Option("load_path", "condense.load_path", "path", "a saved set for --init load"),
+    Option("sampling_net", "condense.sampling_net", "flag", "learn the scales of the frequencies"),
+)
+# Of the evaluation section, what the held-out score does not read.
+NOT_SCORE = ("rows", "repeat", "seeds", "which")
+
+
+class JobConfig(Section):
+    """The question that a run asks; every section is declared beside its reader."""
+
+    dataset: Section  # of the modality, as are the next and `condense`
+    network: Section
+    pretrain: PretrainConfig
+    optimization: OptimizationConfig
+    condense: MatchConfig
+    evaluation: EvaluationConfig
+    seed: int = 0
+    tf32: bool = True
+    debug: bool = False  # tracebacks, a log line an iteration, and only the first max(nclass // 100, 10) classes
+    save_dir: LocalPath = Path("../results")
+    pretrained_dir: LocalPath = Path("../pretrained_models")
+    cache_dir: LocalPath = Path("../dataset/cache")
+
+    @model_validator(mode="after")
+    def check(self) -> "JobConfig":
+        """Rules across sections."""
+        if self.condense.teacher_model_epoch > self.pretrain.epochs:
+            raise ValueError(
+                f"condense.teacher_model_epoch: {self.condense.teacher_model_epoch} is after the last epoch, "
+                f"pretrain.epochs: {self.pretrain.epochs}"
+            )
+        return self
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data set."""
+        raise NotImplementedError
+
+    @property
+    def nclass(self) -> int:
+        """Number of its classes."""
+        raise NotImplementedError
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether a sample may have several labels."""
+        raise NotImplementedError
+
+    @property
+    def net_name(self) -> str:
+        """Kind of the teachers, as it stands in their folder's name."""
+        raise NotImplementedError
+
+
+class LabelledSet(TrainingSet, Protocol):
+    """Real samples, as students, samplers and subsets read them."""
+
+    def members(self) -> list[Tensor]: ...
+
+    def subset(self, samples: Tensor) -> "LabelledSet": ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def data_bytes(self) -> int: ...
+
+
+class Job(ABC):
+    """Data and networks of a run on this rank; the part that each modality writes."""
+
+    cfg: JobConfig
+    world: World
+    train: LabelledSet
+    val: LabelledSet
+    test: LabelledSet
+    classes: Sequence[str]
+    origin: dict[str, str]  # what the teachers and the learned set are made from
+    program: str  # that condenses
+    unit: str  # in which the real samples are counted, as in "uint16 token ids"
+
+    @abstractmethod
+    def fresh(self, seed: int, purpose: str, *ids: int) -> nn.Module:
+        """A fresh network with weights of the stream (seed, purpose, ids...)."""
+
+    @abstractmethod
+    def class_costs(self) -> list[float]:
+        """Work of every class, to share classes out."""
+
+    @abstractmethod
+    def condenser(
+        self, classes: Sequence[Sequence[int]], networks: tuple[nn.Module, nn.Module], bank: TeacherBank
+    ) -> ClassCondenser:
+        """The condenser of this rank's classes; classes[r] are those of rank r."""
+
+    @abstractmethod
+    def parts(self, data: TrainingSet) -> list[list[int]]:
+        """Samples of a forward pass each."""
+
+    @abstractmethod
+    def student_view(self, found: SyntheticSet, path: Path) -> TrainingSet:
+        """A learned set as students read it. Raises ConfigError where it does not fit the configuration."""
+
+    @abstractmethod
+    def pictures(self, found: SyntheticSet, folder: Path) -> list[Block]:
+        """What the learned samples look like; files go into `folder`."""
+
+    @abstractmethod
+    def linear(self, which: Tensor) -> StudentScore:
+        """A linear classifier on plain features of the real samples `which`."""
+
+
+def named(cfg: Section, prefixes: Iterable[str]) -> dict[str, object]:
+    """The resolved values whose dotted keys begin with one of the prefixes."""
+    return {key: value for key, value in flatten(cfg).items() if key.startswith(tuple(prefixes))}
+
+
+def nested(cfg: Section) -> dict[str, object]:
+    """The resolved configuration as it stands in args.log, which --config_path reads again."""
+    tree: dict[str, object] = {}
+    for key, value in flatten(cfg).items():
+        section, _, name = key.rpartition(".")
+        inner = tree.setdefault(section, {}) if section else tree
+        if isinstance(inner, dict):
+            inner[name] = value
+    return tree
+
+
+def condense_folder(cfg: JobConfig) -> Path:
+    """Folder of the condensation run: readable parts and a hash of all that the result depends on."""
+    c, o = cfg.condense, cfg.optimization
+    values = named(cfg, ("dataset.", "network.", "pretrain.", "optimization.", "condense.", "seed", "tf32", "debug"))
+    values |= {f"score.{k}": v for k, v in named(cfg, ("evaluation.",)).items() if k.split(".")[1] not in NOT_SCORE}
+    name = f"{c.dis_metrics}_{o.optimizer}_lr{o.lr_img:g}_f{c.num_freqs}_{c.init}_seed{cfg.seed}_{short_hash(values)}"
+    return cfg.save_dir / "condense" / "condense" / cfg.data_name / f"ipc{c.ipc}" / name
+
+
+def evaluate_folder(cfg: JobConfig) -> Path:
+    """Folder of the evaluation of a run."""
+    keep = {k: v for k, v in flatten(cfg).items() if not k.endswith("_dir") or k == "dataset.data_dir"}
+    name = f"{condense_folder(cfg).name.rsplit('_', 1)[0]}_{short_hash(keep)}"
+    return cfg.save_dir / "condense" / "evaluate" / cfg.data_name / f"ipc{cfg.condense.ipc}" / name
+
+
+def bank_folder(cfg: JobConfig) -> Path:
+    """Folder of the teachers: their name does not depend on ipc, so those of another ipc are taken where they exist."""
+    values = named(cfg, ("dataset.", "network.", "pretrain.", "tf32")) | {"epoch": cfg.condense.teacher_model_epoch}
+    values = {
+        k: v for k, v in values.items() if k not in ("dataset.batch_real", "dataset.load_memory", "network.layer_index")
+    }
+    name = f"{cfg.net_name}_{short_hash(values)}"
+    root = cfg.pretrained_dir / cfg.data_name
+    own = root / f"ipc{cfg.condense.ipc}" / name
+    others = sorted(root.glob(f"ipc*/{name}"))
+    complete = [
+        f for f in [own, *others] if not missing_members(f, cfg.condense.num_premodel, cfg.condense.teacher_model_epoch)
+    ]
+    return complete[0] if complete else own
+
+
+def claim(folder: Path, origin: dict[str, str]) -> None:
+    """Note what a folder's contents are made from. Raises ConfigError where they are made from something else."""
+    path = folder / "origin.json"
+    if not path.exists():
+        atomic_write(path, json.dumps(origin).encode())
+    elif json.loads(path.read_text()) != origin:
+        raise ConfigError(
+            f"{folder}: made from other data (was it changed, or a package of the docstrings corpus upgraded?): "
+            "start again with --overwrite"
+        )
+
+
+def print_values(resolved: Resolved[Any]) -> None:
+    """For a dry run: the run folder, and every value with its source."""
+    print(f"run folder: {condense_folder(resolved.config)}")
+    for key, value in flatten(resolved.config).items():
+        print(f"  {key}: {value}  [{resolved.sources.get(key, 'default')}]")
+
+
+def print_classes(cfg: JobConfig, costs: Sequence[float], ranks: int) -> None:
+    """For a dry run: the classes of every rank."""
+    for rank, part in enumerate(assign(costs[: kept_classes(cfg.nclass, cfg.debug)], ranks)):
+        print(f"rank {rank}: classes {', '.join(map(str, part)) or 'none (helps with the real side)'}")
+
+
+def fresh_teacher(job: Job, member: int) -> nn.Module:
+    """Teacher number `member` at its start."""
+    return job.fresh(job.cfg.pretrain.seed, "teacher init", member)
+
+
+def ensure_teachers(job: Job, flag: StopFlag) -> Path:
+    """Train the teachers that are missing, each rank its share; their folder."""
+    cfg, world = job.cfg, job.world
+    folder = Path(world.broadcast(str(bank_folder(cfg))))
+    epoch = cfg.condense.teacher_model_epoch
+    if world.main:
+        claim(folder, job.origin)
+    missing = world.broadcast(missing_members(folder, cfg.condense.num_premodel, epoch))
+    if missing:
+        log.info(f"training {len(missing)} of {cfg.condense.num_premodel} teachers into {folder}")
+    elif folder.parent.name != f"ipc{cfg.condense.ipc}":
+        log.info(f"using the teachers in {folder}")
+    per_epoch = -(-len(job.train) // cfg.pretrain.batch_size)
+
+    def train(member: int, shown: bool) -> None:
+        def batch(step: int) -> Any:
+            which = training_batch(job.train.lengths, cfg.pretrain.batch_size, step, cfg.pretrain.seed, member)
+            return job.train.batch(which, world.device)
+
+        train_member(
+            folder, member, epoch, lambda: fresh_teacher(job, member), batch, per_epoch, cfg.pretrain, cfg.multilabel,
+            world.device, flag, shown,
+        )  # fmt: skip
+
+    share_out_training(world, missing, train)
+    return folder
+
+
+def read_teachers(job: Job, folder: Path, like: nn.Module) -> TeacherBank:
+    """The teachers of a folder, in memory."""
+    c = job.cfg.condense
+    return load_bank(folder, c.num_premodel, c.teacher_model_epoch, like.to(job.world.device), job.world.device)
+
+
+def make_condenser(job: Job, teachers: Path) -> ClassCondenser:
+    """The condenser of this rank's classes."""
+    cfg, world = job.cfg, job.world
+    classes = [
+        distribute_class(cfg.nclass, cfg.debug, costs=job.class_costs(), rank=rank, size=world.size)
+        for rank in range(world.size)
+    ]
+    if world.main and any(not part for part in classes):
+        log.info(f"{world.size} ranks share {sum(map(len, classes))} classes: some ranks own none and only help")
+    networks = (fresh_teacher(job, 0), fresh_teacher(job, 0))
+    return job.condenser(classes, networks, read_teachers(job, teachers, networks[0]))

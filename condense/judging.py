@@ -1,0 +1,176 @@
+"""An evaluation of any modality: fresh students of every row, their numbers kept as they come, table and report."""
+
+import json
+from pathlib import Path
+
+from condense.arms import FIXED, LEARNED, NAMES, Arm, Arms, source
+from condense.job import Job
+from condenser.evaluator import Row, StudentScore, evaluate_student, summarise
+from condenser.synthetic_set import load_synthetic
+from config import ConfigError
+from utils.checkpoint import atomic_write
+from utils.progress import Progress
+from utils.report import Block, Heading, Paragraph, Picture, Table, plain_table, write_report
+from utils.run_folder import RESULT, RunFolder, log
+from utils.stopping import StopFlag, Stopped
+
+Task = tuple[str, int, int]  # row, condensation or subset seed, number of the student
+
+
+def judge_rows(job: Job, run: RunFolder, flag: StopFlag) -> None:
+    """Train the students that have no numbers yet, each rank its share, and write the report."""
+    check_runs(job)
+    tasks = tasks_of(job)
+    open_tasks = job.world.broadcast([task for task in tasks if not student_file(run, task).exists()])
+    arms = Arms(job, flag)
+    mine = job.world.share([1.0] * len(open_tasks))
+    progress = Progress("students", len(mine) * job.cfg.evaluation.steps, shown=job.world.main)
+    for i in mine:
+        found, arm = judge_one(job, arms, open_tasks[i], progress)
+        value = found.as_dict() | {"bytes": arm.nbytes, "documents": arm.documents, "labels": arm.labels}
+        atomic_write(student_file(run, open_tasks[i]), json.dumps(value).encode())
+        if flag.number:
+            raise Stopped(flag.number)
+    progress.close()
+    job.world.barrier()
+    rows = collect(job, run, tasks)
+    if job.world.main:
+        write(job, run, rows)
+    run.finish({"rows": len(rows)})
+
+
+def show(run: RunFolder) -> None:
+    """Print the table of a finished evaluation (rank 0)."""
+    if run.world.main:
+        rows = json.loads((run.folder / "report.json").read_text())["rows"]
+        print(plain_table(table([Row(**row) for row in rows])))
+        print(f"report: {run.folder / 'report.html'}", flush=True)
+
+
+def seeds_of(job: Job, row: str) -> tuple[int, ...]:
+    """Condensation or subset seeds of a row."""
+    return (job.cfg.seed,) if row in FIXED else job.cfg.evaluation.seeds or (job.cfg.seed,)
+
+
+def tasks_of(job: Job) -> list[Task]:
+    """Every student of every row; a linear classifier has no chance in it and is trained once."""
+    e = job.cfg.evaluation
+    return [
+        (row, seed, student)
+        for row in e.rows
+        for seed in seeds_of(job, row)
+        for student in range(1 if row.startswith("tfidf") else e.repeat)
+    ]
+
+
+def check_runs(job: Job) -> None:
+    """Raise ConfigError with the command to run for every condensation run that is wanted and not finished."""
+    missing: dict[Path, tuple[str, list[str]]] = {}  # run -> its arguments, the rows that read it
+    for row in job.cfg.evaluation.rows:
+        for seed in seeds_of(job, row) if row in LEARNED else ():
+            folder = source(job, row, seed)
+            if not (folder / RESULT).exists():
+                extra = " condense.dis_metrics=MMD" if row == "mean_matching" else ""
+                missing.setdefault(folder, (f"seed={seed}{extra}", []))[1].append(row)
+    if missing:
+        raise ConfigError(
+            "\n".join(
+                f"evaluation.rows: {', '.join(rows)}: no finished run {folder}: run {job.program} with the "
+                f"same arguments and {arguments}, or leave the rows out"
+                for folder, (arguments, rows) in missing.items()
+            )
+        )
+
+
+def judge_one(job: Job, arms: Arms, task: Task, progress: Progress) -> tuple[StudentScore, Arm]:
+    """The numbers of one student and its training set."""
+    row, seed, student = task
+    cfg = job.cfg
+    if row.startswith("tfidf"):
+        which = arms.subset("full" if row == "tfidf_full" else "random", seed)
+        found, data = job.linear(which), job.train.subset(which)
+        progress.step(cfg.evaluation.steps)
+        return found, Arm(data, data.nbytes, len(data), "hard")
+    arm = arms.get(row, seed)
+    # The students of a number are the same in every row: rows differ in their data only.
+    net = job.fresh(cfg.seed, "student", student)
+    found = evaluate_student(
+        net, arm.data, job.val, job.test, (job.parts(job.val), job.parts(job.test)), cfg.evaluation, cfg.multilabel,
+        job.world.device, (cfg.seed, "student", student), progress.step,
+    )  # fmt: skip
+    return found, arm
+
+
+def student_file(run: RunFolder, task: Task) -> Path:
+    """Where a student's numbers are kept."""
+    row, seed, student = task
+    return run.folder / "students" / f"{row}_seed{seed}_{student}.json"
+
+
+def collect(job: Job, run: RunFolder, tasks: list[Task]) -> list[Row]:
+    """The rows of the table from the students' files."""
+    rows = []
+    for row in job.cfg.evaluation.rows:
+        values = [json.loads(student_file(run, task).read_text()) for task in tasks if task[0] == row]
+        sizes = [(v.pop("bytes"), v.pop("documents"), v.pop("labels")) for v in values]
+        nbytes, documents, labels = sizes[0]
+        scores = [StudentScore(**v) for v in values]
+        rows.append(summarise(row, job.cfg.condense.ipc, labels, scores, nbytes, documents))
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """The table of a run."""
+    header = ("training set", "micro-F1", "macro-F1", "micro-F1 @.5", "macro-F1 @.5", "mAP", "threshold", "documents",
+              "bytes", "s")  # fmt: skip
+
+    def both(mean: float, std: float) -> str:
+        return f"{mean:.1f} ± {std:.1f}"
+
+    lines = [
+        (
+            NAMES[r.name], both(r.micro_mean, r.micro_std), both(r.macro_mean, r.macro_std),
+            both(r.micro_half_mean, r.micro_half_std), both(r.macro_half_mean, r.macro_half_std),
+            both(r.map_mean, r.map_std), f"{r.threshold:.2f}", str(r.documents), str(r.bytes), f"{r.seconds:.1f}",
+        )
+        for r in rows
+    ]  # fmt: skip
+    caption = (
+        "mean ± deviation over students; threshold chosen on validation, then at 0.5; seconds of one student's training"
+    )
+    return Table(header, tuple(lines), caption)
+
+
+def size_note(job: Job, rows: list[Row]) -> str:
+    """How large the learned set is beside the training data."""
+    learned = [r.bytes for r in rows if r.name in LEARNED and r.labels == "hard"]
+    whole = f"{job.train.nbytes} bytes as {job.unit}"
+    if not learned:
+        return f"The training data takes {whole}."
+    ratio = learned[0] / job.train.nbytes
+    word = "LARGER in bytes than" if ratio > 1 else "smaller in bytes than"
+    return (
+        f"The learned set ({learned[0]} bytes of float32 numbers) is {word} the {len(job.train)} training samples "
+        f"({whole}): {ratio:.2f} times their size."
+    )
+
+
+def write(job: Job, run: RunFolder, rows: list[Row]) -> None:
+    """report.json, report.md and report.html."""
+    cfg, note = job.cfg, size_note(job, rows)
+    value = {
+        "dataset": cfg.data_name, "origin": job.origin, "documents": len(job.train), "corpus_bytes": job.train.nbytes,
+        "note": note, "rows": [row.as_dict() for row in rows],
+    }  # fmt: skip
+    atomic_write(run.folder / "report.json", json.dumps(value, indent=1).encode())
+    title = f"{cfg.data_name}, {cfg.condense.ipc} samples per class; {cfg.evaluation.steps} steps a student."
+    blocks: list[Block] = [Paragraph(title), table(rows), Paragraph(note)]
+    if "condensed" in cfg.evaluation.rows:
+        folder = source(job, "condensed", seeds_of(job, "condensed")[0])
+        curve = folder / "images" / "loss_curve.png"
+        if curve.exists():
+            blocks += [Heading("Curves of the condensation"), Picture(curve, folder.name)]
+        best = load_synthetic(folder / "distilled_data" / "syn_data_best.pth")
+        blocks += job.pictures(best, run.folder / "images")
+    write_report(run.folder, f"Condensed set judged: {cfg.data_name}", blocks)
+    log.info(f"judged: {run.folder}")
