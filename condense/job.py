@@ -15,12 +15,14 @@ from condenser.matching import ClassCondenser, MatchConfig
 from condenser.synthetic_set import SyntheticSet
 from config import ConfigError, LocalPath, Option, Resolved, Section
 from config.loader import flatten
+from utils.augment import Augmenter
 from utils.checkpoint import atomic_write
 from utils.ddp import World, assign, distribute_class, kept_classes
 from utils.report import Block
 from utils.run_folder import log, short_hash
 from utils.sampling import training_batch
 from utils.stopping import StopFlag
+from utils.streams import generator
 from utils.teachers import (
     PretrainConfig,
     TeacherBank,
@@ -37,7 +39,7 @@ OPTIONS = (
     Option("sampling_net", "condense.sampling_net", "flag", "learn the scales of the frequencies"),
 )
 # Of the evaluation section, what the held-out score does not read.
-NOT_SCORE = ("rows", "repeat", "seeds", "which")
+NOT_SCORE = ("rows", "repeat", "seeds", "which", "select", "probe_every", "architectures")
 
 
 class JobConfig(Section):
@@ -118,6 +120,19 @@ class Job(ABC):
     def fresh(self, seed: int, purpose: str, *ids: int) -> nn.Module:
         """A fresh network with weights of the stream (seed, purpose, ids...)."""
 
+    def student(self, network: str, seed: int, purpose: str, *ids: int) -> nn.Module:
+        """A fresh student; `network` names one of `architectures`."""
+        return self.fresh(seed, purpose, *ids)
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Kinds of students that rows are judged by; empty is the configured network."""
+        return ("",)
+
+    def augmenter(self, teachers: bool) -> Augmenter | None:
+        """What teachers or students do to their batches; None leaves them as they are."""
+        return None
+
     @abstractmethod
     def class_costs(self) -> list[float]:
         """Work of every class, to share classes out."""
@@ -137,8 +152,8 @@ class Job(ABC):
         """A learned set as students read it. Raises ConfigError where it does not fit the configuration."""
 
     @abstractmethod
-    def pictures(self, found: SyntheticSet, folder: Path) -> list[Block]:
-        """What the learned samples look like; files go into `folder`."""
+    def pictures(self, found: SyntheticSet, run: Path, folder: Path) -> list[Block]:
+        """What the learned samples of a condensation run look like; files go into `folder`."""
 
     @abstractmethod
     def linear(self, which: Tensor) -> StudentScore:
@@ -237,10 +252,14 @@ def ensure_teachers(job: Job, flag: StopFlag) -> Path:
         log.info(f"using the teachers in {folder}")
     per_epoch = -(-len(job.train) // cfg.pretrain.batch_size)
 
+    augment = job.augmenter(teachers=True)
+
     def train(member: int, shown: bool) -> None:
         def batch(step: int) -> Any:
             which = training_batch(job.train.lengths, cfg.pretrain.batch_size, step, cfg.pretrain.seed, member)
-            return job.train.batch(which, world.device)
+            x, targets = job.train.batch(which, world.device)
+            gen = generator(cfg.pretrain.seed, "teacher augmentation", member, step)
+            return augment(x, targets, gen) if augment else (x, targets)
 
         train_member(
             folder, member, epoch, lambda: fresh_teacher(job, member), batch, per_epoch, cfg.pretrain, cfg.multilabel,

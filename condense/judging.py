@@ -14,7 +14,7 @@ from utils.report import Block, Heading, Paragraph, Picture, Table, plain_table,
 from utils.run_folder import RESULT, RunFolder, log
 from utils.stopping import StopFlag, Stopped
 
-Task = tuple[str, int, int]  # row, condensation or subset seed, number of the student
+Task = tuple[str, int, int, str]  # row, condensation or subset seed, number and architecture of the student
 
 
 def judge_rows(job: Job, run: RunFolder, flag: StopFlag) -> None:
@@ -42,8 +42,8 @@ def judge_rows(job: Job, run: RunFolder, flag: StopFlag) -> None:
 def show(run: RunFolder) -> None:
     """Print the table of a finished evaluation (rank 0)."""
     if run.world.main:
-        rows = json.loads((run.folder / "report.json").read_text())["rows"]
-        print(plain_table(table([Row(**row) for row in rows])))
+        found = json.loads((run.folder / "report.json").read_text())
+        print(plain_table(table([Row(**row) for row in found["rows"]], found["multilabel"])))
         print(f"report: {run.folder / 'report.html'}", flush=True)
 
 
@@ -56,7 +56,8 @@ def tasks_of(job: Job) -> list[Task]:
     """Every student of every row; a linear classifier has no chance in it and is trained once."""
     e = job.cfg.evaluation
     return [
-        (row, seed, student)
+        (row, seed, student, network)
+        for network in job.architectures
         for row in e.rows
         for seed in seeds_of(job, row)
         for student in range(1 if row.startswith("tfidf") else e.repeat)
@@ -84,7 +85,7 @@ def check_runs(job: Job) -> None:
 
 def judge_one(job: Job, arms: Arms, task: Task, progress: Progress) -> tuple[StudentScore, Arm]:
     """The numbers of one student and its training set."""
-    row, seed, student = task
+    row, seed, student, network = task
     cfg = job.cfg
     if row.startswith("tfidf"):
         which = arms.subset("full" if row == "tfidf_full" else "random", seed)
@@ -93,52 +94,50 @@ def judge_one(job: Job, arms: Arms, task: Task, progress: Progress) -> tuple[Stu
         return found, Arm(data, data.nbytes, len(data), "hard")
     arm = arms.get(row, seed)
     # The students of a number are the same in every row: rows differ in their data only.
-    net = job.fresh(cfg.seed, "student", student)
+    net = job.student(network, cfg.seed, "student", student)
     found = evaluate_student(
         net, arm.data, job.val, job.test, (job.parts(job.val), job.parts(job.test)), cfg.evaluation, cfg.multilabel,
-        job.world.device, (cfg.seed, "student", student), progress.step,
+        job.world.device, (cfg.seed, "student", student), progress.step, job.augmenter(teachers=False),
     )  # fmt: skip
     return found, arm
 
 
 def student_file(run: RunFolder, task: Task) -> Path:
     """Where a student's numbers are kept."""
-    row, seed, student = task
-    return run.folder / "students" / f"{row}_seed{seed}_{student}.json"
+    row, seed, student, network = task
+    return run.folder / "students" / f"{row}{network and '_' + network}_seed{seed}_{student}.json"
 
 
 def collect(job: Job, run: RunFolder, tasks: list[Task]) -> list[Row]:
     """The rows of the table from the students' files."""
     rows = []
-    for row in job.cfg.evaluation.rows:
-        values = [json.loads(student_file(run, task).read_text()) for task in tasks if task[0] == row]
+    for row, network in dict.fromkeys((task[0], task[3]) for task in tasks):
+        own = [task for task in tasks if (task[0], task[3]) == (row, network)]
+        values = [json.loads(student_file(run, task).read_text()) for task in own]
         sizes = [(v.pop("bytes"), v.pop("documents"), v.pop("labels")) for v in values]
         nbytes, documents, labels = sizes[0]
         scores = [StudentScore(**v) for v in values]
-        rows.append(summarise(row, job.cfg.condense.ipc, labels, scores, nbytes, documents))
+        rows.append(summarise(row, network, job.cfg.condense.ipc, labels, scores, nbytes, documents))
     return rows
 
 
-def table(rows: list[Row]) -> Table:
-    """The table of a run."""
-    header = ("training set", "micro-F1", "macro-F1", "micro-F1 @.5", "macro-F1 @.5", "mAP", "threshold", "documents",
-              "bytes", "s")  # fmt: skip
+def table(rows: list[Row], multilabel: bool) -> Table:
+    """The table of a run. With one label a sample, micro-F1 is accuracy and no threshold plays a part."""
+    scores = ("micro", "macro", "micro_half", "macro_half", "map") if multilabel else ("micro", "macro", "map")
+    titles = {"micro": "micro-F1" if multilabel else "accuracy", "macro": "macro-F1", "map": "mAP",
+              "micro_half": "micro-F1 @.5", "macro_half": "macro-F1 @.5"}  # fmt: skip
+    ends = ("threshold", "documents", "bytes", "s")[0 if multilabel else 1 :]
 
-    def both(mean: float, std: float) -> str:
-        return f"{mean:.1f} ± {std:.1f}"
+    def line(row: Row) -> tuple[str, ...]:
+        values = row.as_dict()
+        middle = [f"{values[f'{score}_mean']:.1f} ± {values[f'{score}_std']:.1f}" for score in scores]
+        last = (f"{row.threshold:.2f}", str(row.documents), str(row.bytes), f"{row.seconds:.1f}")
+        return (NAMES[row.name] + (f", {row.network}" if row.network else ""), *middle, *last[-len(ends) :])
 
-    lines = [
-        (
-            NAMES[r.name], both(r.micro_mean, r.micro_std), both(r.macro_mean, r.macro_std),
-            both(r.micro_half_mean, r.micro_half_std), both(r.macro_half_mean, r.macro_half_std),
-            both(r.map_mean, r.map_std), f"{r.threshold:.2f}", str(r.documents), str(r.bytes), f"{r.seconds:.1f}",
-        )
-        for r in rows
-    ]  # fmt: skip
-    caption = (
-        "mean ± deviation over students; threshold chosen on validation, then at 0.5; seconds of one student's training"
-    )
-    return Table(header, tuple(lines), caption)
+    caption = "mean ± deviation over students; "
+    caption += "threshold chosen on validation, then at 0.5; " if multilabel else ""
+    header = ("training set", *(titles[score] for score in scores), *ends)
+    return Table(header, tuple(map(line, rows)), caption + "seconds of one student's training")
 
 
 def size_note(job: Job, rows: list[Row]) -> str:
@@ -159,18 +158,21 @@ def write(job: Job, run: RunFolder, rows: list[Row]) -> None:
     """report.json, report.md and report.html."""
     cfg, note = job.cfg, size_note(job, rows)
     value = {
-        "dataset": cfg.data_name, "origin": job.origin, "documents": len(job.train), "corpus_bytes": job.train.nbytes,
+        "dataset": cfg.data_name, "multilabel": cfg.multilabel, "select": cfg.evaluation.select,
+        "origin": job.origin, "documents": len(job.train), "corpus_bytes": job.train.nbytes,
         "note": note, "rows": [row.as_dict() for row in rows],
     }  # fmt: skip
     atomic_write(run.folder / "report.json", json.dumps(value, indent=1).encode())
     title = f"{cfg.data_name}, {cfg.condense.ipc} samples per class; {cfg.evaluation.steps} steps a student."
-    blocks: list[Block] = [Paragraph(title), table(rows), Paragraph(note)]
+    blocks: list[Block] = [Paragraph(title), table(rows, cfg.multilabel), Paragraph(note)]
+    if cfg.evaluation.select == "best_test":
+        blocks.insert(1, Paragraph("**Papers' protocol: every student's best state on the TEST set.**"))
     if "condensed" in cfg.evaluation.rows:
         folder = source(job, "condensed", seeds_of(job, "condensed")[0])
         curve = folder / "images" / "loss_curve.png"
         if curve.exists():
             blocks += [Heading("Curves of the condensation"), Picture(curve, folder.name)]
         best = load_synthetic(folder / "distilled_data" / "syn_data_best.pth")
-        blocks += job.pictures(best, run.folder / "images")
+        blocks += job.pictures(best, folder, run.folder / "images")
     write_report(run.folder, f"Condensed set judged: {cfg.data_name}", blocks)
     log.info(f"judged: {run.folder}")

@@ -41,7 +41,7 @@ def held_out_score(job: Job) -> Score:
         stream = (cfg.seed, "held-out student", 0)
         e = cfg.evaluation
         data = job.student_view(found, Path("syn_data"))
-        train_student(net, data, e, e.steps, cfg.multilabel, device, stream)
+        train_student(net, data, e, e.steps, cfg.multilabel, device, stream, augment=job.augmenter(teachers=False))
         probs = probabilities(logits_of(net, job.val, parts, device), cfg.multilabel)
         return held_out_micro(probs, job.val.targets, cfg.multilabel)
 
@@ -62,6 +62,6 @@ def report(job: Job, run: RunFolder) -> None:
             ("iteration", "validation micro-F1"),
             tuple((str(int(x["iteration"])), f"{x['val_micro']:.1f}") for x in lines),
         ),
-        *job.pictures(found, run.folder / "images"),
+        *job.pictures(found, run.folder, run.folder / "images"),
     ]
     write_report(run.folder, f"Condensed: {cfg.data_name}", blocks)

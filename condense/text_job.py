@@ -111,7 +111,7 @@ class TextJob(Job):
         shape = (self.cfg.network.max_length, self.factory.word_table.shape[1])
         return student_view(checked(found, path, shape, self.cfg.nclass, word_table=self.table))
 
-    def pictures(self, found: SyntheticSet, folder: Path) -> list[Block]:
+    def pictures(self, found: SyntheticSet, run: Path, folder: Path) -> list[Block]:
         """The words nearest to the first row of every class."""
         rows = nearest_words(found, self.factory.word_table, self.tokenizer, self.classes)
         return [Heading("Nearest words of the learned rows"), Table(("class", "labels", "words"), rows)]

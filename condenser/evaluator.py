@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from utils.fit import FitConfig, fit, make_optimizer, predict
 from utils.metrics import best_threshold, probabilities, score
 from utils.sampling import training_batch
+from utils.streams import generator
 
 ROWS = ("full", "condensed", "mean_matching", "initial", "random", "herding", "k_center", "tfidf_full", "tfidf_random",
         "condensed_soft", "random_soft")  # fmt: skip
@@ -28,6 +29,9 @@ class EvaluationConfig(FitConfig):
     repeat: int = Field(3, ge=1)  # students of a row and condensation seed
     seeds: tuple[int, ...] = ()  # condensation and subset seeds; empty = the config's seed
     which: Literal["best", "last"] = "best"  # by the held-out score, or after the last iteration
+    # The state of a student that is tested: the last, the best on validation, or - as papers have it - on the test set.
+    select: Literal["last", "best_validation", "best_test"] = "last"
+    probe_every: int = Field(50, ge=1)  # steps between the states that `select` looks at
     rows: tuple[RowName, ...] = (
         "full", "condensed", "mean_matching", "initial", "random", "k_center", "condensed_soft", "random_soft",
     )  # fmt: skip
@@ -56,6 +60,9 @@ class TrainingSet(Protocol):
     def batch(self, samples: Tensor, device: torch.device) -> tuple[Any, Tensor]: ...
 
 
+Augment = Callable[[Any, Tensor, torch.Generator], tuple[Any, Tensor]]  # of a batch and its targets
+
+
 @dataclass(frozen=True)
 class StudentScore:
     """One student: percent at threshold 0.5 and at the one chosen on validation; seconds of training."""
@@ -76,9 +83,9 @@ class StudentScore:
 
 def train_student(
     net: nn.Module, train: TrainingSet, settings: FitConfig, steps: int, multilabel: bool, device: torch.device,
-    stream: tuple[int, str, int], on_step: Callable[[], None] | None = None,
+    stream: tuple[int, str, int], on_step: Callable[[int], None] | None = None, augment: Augment | None = None,
 ) -> nn.Module:  # fmt: skip
-    """Train a fresh network on a set for a number of steps."""
+    """Train a fresh network on a set for a number of steps; `on_step` is told how many are done."""
     net.to(device)
     targets = train.targets
     if not multilabel:  # hard or soft labels as distributions
@@ -86,11 +93,12 @@ def train_student(
 
     def batch(step: int) -> tuple[Any, Tensor]:
         which = training_batch(train.lengths, settings.batch_size, step, stream[0], stream[2])
-        return train.input(which, device), targets[which].to(device)
+        x, y = train.input(which, device), targets[which].to(device)
+        return augment(x, y, generator(stream[0], "augmentation", stream[2], step)) if augment else (x, y)
 
-    for _ in fit(net, batch, make_optimizer(net, settings), settings, range(steps), steps, multilabel, stream):
+    for step, _ in fit(net, batch, make_optimizer(net, settings), settings, range(steps), steps, multilabel, stream):
         if on_step:
-            on_step()
+            on_step(step + 1)
     return net
 
 
@@ -112,17 +120,31 @@ def evaluate_student(
     net: nn.Module, train: TrainingSet, val: TrainingSet, test: TrainingSet,
     parts: tuple[list[list[int]], list[list[int]]],
     settings: EvaluationConfig, multilabel: bool, device: torch.device, stream: tuple[int, str, int],
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[], None] | None = None, augment: Augment | None = None,
 ) -> StudentScore:  # fmt: skip
-    """Train one student and judge it; the test set is read once, after training."""
+    """Train one student and judge it: its last state, unless `select` says otherwise; the test set is read once."""
     began = time.monotonic()
-    train_student(net, train, settings, settings.steps, multilabel, device, stream, on_step)
+    best: tuple[float, dict[str, Tensor]] | None = None
+
+    def scored(data: TrainingSet, part: list[list[int]]) -> tuple[Tensor, Tensor]:
+        return probabilities(logits_of(net, data, part, device), multilabel), data.targets
+
+    def look(done: int) -> None:
+        nonlocal best
+        if on_step:
+            on_step()
+        if settings.select != "last" and (done % settings.probe_every == 0 or done == settings.steps):
+            chosen = (val, parts[0]) if settings.select == "best_validation" else (test, parts[1])
+            value = held_out_micro(*scored(*chosen), multilabel)
+            if best is None or value > best[0]:
+                best = value, {name: value.clone() for name, value in net.state_dict().items()}
+            net.train()
+
+    train_student(net, train, settings, settings.steps, multilabel, device, stream, look, augment)
     seconds = time.monotonic() - began
-    scored = [
-        (probabilities(logits_of(net, data, part, device), multilabel), data.targets)
-        for data, part in zip((val, test), parts, strict=True)
-    ]
-    return judge(scored[0], scored[1], multilabel, seconds)
+    if best:
+        net.load_state_dict(best[1])
+    return judge(scored(val, parts[0]), scored(test, parts[1]), multilabel, seconds)
 
 
 def held_out_micro(probs: Tensor, targets: Tensor, multilabel: bool) -> float:
@@ -139,6 +161,7 @@ class Row:
     """One row of a run's table: mean and deviation over students, bytes and documents of its set."""
 
     name: str
+    network: str  # of the students; empty for the configured one
     ipc: int
     labels: Literal["hard", "soft"]
     students: int
@@ -165,6 +188,7 @@ class Row:
 
 def summarise(
     name: str,
+    network: str,
     ipc: int,
     labels: Literal["hard", "soft"],
     scores: Sequence[StudentScore],
@@ -182,7 +206,7 @@ def summarise(
         )
     )
     return Row(
-        name, ipc, labels, len(scores), mean["micro"], std["micro"], mean["macro"], std["macro"],
+        name, network, ipc, labels, len(scores), mean["micro"], std["micro"], mean["macro"], std["macro"],
         mean["micro_half"], std["micro_half"], mean["macro_half"], std["macro_half"], mean["map"], std["map"],
         mean["exact"], mean["threshold"], nbytes, documents, mean["seconds"],
     )  # fmt: skip

@@ -1,0 +1,48 @@
+"""Judge a condensed image set beside the sets it has to beat: fresh students of each, tested on real images.
+
+    torchrun --nproc_per_node=2 condense/evaluate_script.py --config_path config/ipc10/digits.yaml
+
+The condensed rows are those of the condensation runs of the same configuration. Students are shared out over the
+ranks; each one's numbers are kept in the run folder, so the same command goes on where it was stopped.
+"""
+
+if __name__ == "__main__":  # thread settings count only before torch is imported
+    from utils.launch import prepare
+
+    prepare()
+
+import sys
+from pathlib import Path
+
+from condense.dry_run_image import dry_run
+from condense.image_job import OPTIONS, ImageConfig, open_images
+from condense.job import evaluate_folder, nested
+from condense.judging import judge_rows, show
+from condense.learning import said_finished
+from config import CommandLine, Resolved
+from utils.init_script import init_script
+from utils.program import run_program
+from utils.run_folder import RunFolder
+from utils.stopping import stop_flag
+
+
+def evaluate(resolved: Resolved[ImageConfig], command: CommandLine) -> None:
+    """Train the students of every row, then show the table."""
+    cfg = resolved.config
+    if command.dry_run:
+        dry_run(resolved)
+        return
+    with init_script(command.gpu, cfg.tf32, cfg.seed, cfg.debug) as world, stop_flag() as flag:
+        run = RunFolder(evaluate_folder(cfg), nested(cfg), world, command.overwrite)
+        if not said_finished(run):
+            judge_rows(open_images(cfg, world), run, flag)
+        show(run)
+
+
+def main() -> int:
+    """Exit status."""
+    return run_program(__doc__ or "", Path(__file__).resolve().parent, ImageConfig, OPTIONS, evaluate)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Image augmentation with its random numbers apart: draw them once, apply them to any images, differentiably.
+
+Differentiable Siamese augmentation (Zhao & Bilen, 2021): real and synthetic images meet the same parameters.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from config import ConfigError
+from config.schema import nearest
+
+COLOUR = ("color", "brightness", "saturation", "contrast")
+PLACE = ("crop", "flip", "scale", "rotate")
+OPERATIONS = (*COLOUR, *PLACE, "cutout")
+# Published: brightness +- 0.5, saturation up to x2, contrast x0.5 to x1.5, shifts of 1/8, squares of half a side.
+BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
+CROP, CUTOUT, SCALE, ROTATE = 0.125, 0.5, 1.2, 15.0
+
+
+def operations(strategy: str) -> tuple[str, ...]:
+    """The operations that `strategy`, as in color_crop_cutout, names; `none` is none. Raises ConfigError."""
+    names = tuple(name for name in strategy.split("_") if name not in ("", "none"))
+    wrong = [name for name in names if name not in OPERATIONS]
+    if wrong:
+        raise ConfigError(
+            f"augmentation: {wrong[0]} is not one of {', '.join(OPERATIONS)}{nearest(wrong[0], OPERATIONS)}"
+        )
+    return names
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Operations and their uniform numbers in 0 ... 1: one row for all images, or one for each."""
+
+    names: tuple[str, ...]
+    numbers: dict[str, Tensor]  # of an operation: [B or 1, 3]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The images [B, C, H, W], augmented: colour first, then place, then cutout."""
+        for name in OPERATIONS:
+            if name in self.names and name != "color":
+                x = APPLY[name](x, self.numbers[name].to(x))
+        return x
+
+
+def draw_augmentation(strategy: str, count: int, gen: Generator) -> Augmentation:
+    """An augmentation for `count` images, or with 1 the same for any number of them (Siamese)."""
+    names = operations(strategy)
+    if "color" in names:
+        names = (*COLOUR[1:], *(name for name in names if name not in COLOUR))
+    # All operations are drawn whatever the strategy names, so that naming one more changes no other.
+    numbers = {name: torch.rand(count, 3, generator=gen) for name in OPERATIONS[1:]}
+    return Augmentation(names, numbers)
+
+
+def spread(u: Tensor, column: int) -> Tensor:
+    """A column of numbers [B, 3] in the shape of images: [B, 1, 1, 1]."""
+    return u[:, column, None, None, None]
+
+
+def brightness(x: Tensor, u: Tensor) -> Tensor:
+    """x + b, b within half of BRIGHTNESS."""
+    return x + (spread(u, 0) - 0.5) * BRIGHTNESS
+
+
+def saturation(x: Tensor, u: Tensor) -> Tensor:
+    """Colour's distance from its grey times a factor between 0 and SATURATION."""
+    grey = x.mean(1, keepdim=True)
+    return (x - grey) * (spread(u, 0) * SATURATION) + grey
+
+
+def contrast(x: Tensor, u: Tensor) -> Tensor:
+    """The distance from the image's mean times a factor between 1 - CONTRAST and 1 + CONTRAST."""
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x - mean) * (1 + (2 * spread(u, 0) - 1) * CONTRAST) + mean
+
+
+def crop(x: Tensor, u: Tensor) -> Tensor:
+    """A shift by whole pixels, at most CROP of a side, zeros coming in."""
+    count, _, height, width = x.shape
+    most = [int(side * CROP + 0.5) for side in (height, width)]
+    rows, columns = (
+        (u[:, i] * (2 * m + 1)).long().clamp_max(2 * m)[:, None].expand(count, -1) + torch.arange(side, device=x.device)
+        for i, m, side in ((0, most[0], height), (1, most[1], width))
+    )
+    padded = F.pad(x, (most[1], most[1], most[0], most[0]))
+    every = torch.arange(count, device=x.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[every, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def flip(x: Tensor, u: Tensor) -> Tensor:
+    """A mirror image, for one in two."""
+    return torch.where(spread(u, 0) < 0.5, x.flip(3), x)
+
+
+def warp(x: Tensor, matrix: Tensor) -> Tensor:
+    """Images seen through an affine map [B or 1, 2, 3] of output to input places."""
+    grid = F.affine_grid(matrix.expand(len(x), -1, -1), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def scale(x: Tensor, u: Tensor) -> Tensor:
+    """Each side stretched by its own factor between 1 / SCALE and SCALE."""
+    factor = 1 / SCALE + u[:, :2] * (SCALE - 1 / SCALE)
+    zero = torch.zeros_like(factor[:, 0])
+    rows = [torch.stack([factor[:, 0], zero, zero], 1), torch.stack([zero, factor[:, 1], zero], 1)]
+    return warp(x, torch.stack(rows, 1))
+
+
+def rotate(x: Tensor, u: Tensor) -> Tensor:
+    """A turn by at most ROTATE degrees."""
+    angle = (2 * u[:, 0] - 1) * (ROTATE * math.pi / 180)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return warp(x, torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1))
+
+
+def cutout(x: Tensor, u: Tensor) -> Tensor:
+    """Zeros in a square of CUTOUT of a side, which may reach over the border."""
+    height, width = x.shape[2:]
+    inside = []
+    for i, side in ((0, height), (1, width)):
+        size = int(side * CUTOUT + 0.5)
+        first = (u[:, i] * (side + (1 - size % 2))).long()[:, None] - size // 2
+        place = torch.arange(side, device=x.device)
+        inside.append((place >= first) & (place < first + size))
+    hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return x.masked_fill(hole, 0.0)
+
+
+APPLY = {
+    "brightness": brightness, "saturation": saturation, "contrast": contrast, "crop": crop, "flip": flip,
+    "scale": scale, "rotate": rotate, "cutout": cutout,
+}  # fmt: skip
+
+
+def cutmix(x: Tensor, targets: Tensor, gen: Generator, beta: float, probability: float) -> tuple[Tensor, Tensor]:
+    """A rectangle of every image [B, C, H, W] from another one, labels [B, C] mixed by its area (Yun et al. 2019).
+
+    The share is Beta(beta, beta); with 1 - `probability` the batch stays as it is.
+    """
+    if float(torch.rand(1, generator=gen)) >= probability:
+        return x, targets
+    share, (height, width) = beta_draw(beta, gen), x.shape[2:]
+    order = torch.randperm(len(x), generator=gen).to(x.device)
+    sides = [round(side * math.sqrt(1 - share)) for side in (height, width)]
+    first = [int(torch.rand(1, generator=gen) * (side - s + 1)) for side, s in zip((height, width), sides, strict=True)]
+    mixed = x.clone()
+    where = (..., slice(first[0], first[0] + sides[0]), slice(first[1], first[1] + sides[1]))
+    mixed[where] = x[order][where]
+    area = sides[0] * sides[1] / (height * width)
+    return mixed, (1 - area) * targets + area * targets[order]
+
+
+def mixup(x: Tensor, targets: Tensor, gen: Generator, alpha: float) -> tuple[Tensor, Tensor]:
+    """Images [B, C, H, W] and labels [B, C] blended with others by a share ~ Beta(alpha, alpha) (Zhang et al. 2018)."""
+    share, order = beta_draw(alpha, gen), torch.randperm(len(x), generator=gen).to(x.device)
+    return share * x + (1 - share) * x[order], share * targets + (1 - share) * targets[order]
+
+
+def beta_draw(a: float, gen: Generator) -> float:
+    """One number ~ Beta(a, a) from the stream."""
+    one, other = torch._standard_gamma(torch.tensor([a, a], dtype=torch.float64), generator=gen).tolist()
+    return one / max(one + other, 1e-12)
+
+
+def views(x: Tensor, mode: str) -> list[Tensor]:
+    """Test-time views of raw pixels [B, C, H, W], whose logits are averaged: none, hflip, or shift (five places)."""
+    if mode == "none":
+        return [x]
+    if mode == "hflip":
+        return [x, x.flip(3)]
+    if mode == "shift":
+        return [x, *(x.roll(step, axis) for axis in (2, 3) for step in (-1, 1))]
+    raise ConfigError(f"view: {mode} is not one of none, hflip, shift")
+
+
+@dataclass(frozen=True)
+class Augmenter:
+    """What a training batch goes through: `aug_type` for every image on its own, then CutMix with a probability."""
+
+    aug_type: str
+    cutmix: float
+
+    def __call__(self, x: Tensor, targets: Tensor, gen: Generator) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] and targets [B, C], augmented by numbers of the stream."""
+        x = draw_augmentation(self.aug_type, len(x), gen)(x)
+        return cutmix(x, targets, gen, beta=1.0, probability=self.cutmix) if self.cutmix else (x, targets)

@@ -1,0 +1,179 @@
+"""Image classifiers of the condensation literature: `logits, features = net(x)` for x [B, channels, size, size].
+
+`features` [1, B, D] is what the head reads. Only definitions that differ from torchvision's are written out.
+"""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from config import ConfigError, Section
+from utils.contract import Output
+from utils.streams import stream_seed
+
+NetType = Literal["convnet", "resnet18", "resnet18_ap", "resnet10_ap", "vgg11", "alexnet", "mlp", "lenet"]
+NormType = Literal["instance", "batch", "group", "layer", "none"]
+WITHOUT_NORM = ("alexnet", "mlp", "lenet")
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "gelu": nn.GELU, "swish": nn.SiLU,
+}  # fmt: skip
+
+
+class ImageNetworkConfig(Section):
+    """The network of teachers and students."""
+
+    net_type: NetType = "convnet"
+    norm_type: NormType = "instance"
+    depth: int = Field(3, ge=1)  # blocks of a convnet
+    width: int = Field(128, ge=1)  # channels of a convnet, units of an mlp
+    activation: Literal["relu", "leakyrelu", "sigmoid", "gelu", "swish"] = "relu"  # of a convnet
+    pooling: Literal["avg", "max", "none"] = "avg"  # of a convnet
+
+    @model_validator(mode="after")
+    def check(self) -> "ImageNetworkConfig":
+        """A norm only where there is one."""
+        if self.net_type in WITHOUT_NORM and self.norm_type not in ("none", "instance"):
+            raise ValueError(f"norm_type: {self.norm_type}, but {self.net_type} has no norm layers; set none")
+        return self
+
+
+class ImageNetwork(nn.Module):
+    """Blocks one after another, whatever joins their last map to one row a sample, and a linear head."""
+
+    def __init__(self, blocks: list[nn.Module], join: nn.Module, channels: int, size: int, nclass: int) -> None:
+        super().__init__()
+        self.blocks, self.join = nn.ModuleList(blocks), join
+        with torch.no_grad():
+            width = self.eval().get_feature_single(torch.zeros(1, channels, size, size)).shape[1]
+        self.train()
+        self.head = nn.Linear(width, nclass)
+
+    def layers(self, x: Tensor) -> list[Tensor]:
+        """The map [B, C_l, H_l, W_l] after every block."""
+        maps = []
+        for block in self.blocks:
+            x = block(x)
+            maps.append(x)
+        return maps
+
+    def get_feature_single(self, x: Tensor) -> Tensor:
+        """What the head reads: [B, D]."""
+        for block in self.blocks:
+            x = block(x)
+        return self.join(x)
+
+    def forward(self, x: Tensor) -> Output:
+        """Logits [B, C] and features [1, B, D]."""
+        rows = self.get_feature_single(x)
+        return Output(self.head(rows), rows[None])
+
+
+def norm(kind: NormType, channels: int) -> nn.Module:
+    """A norm layer. One group a channel is instance norm with learned scale, and keeps no running statistics."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    groups = {"instance": channels, "group": max(1, channels // 16), "layer": 1}
+    return nn.GroupNorm(groups[kind], channels) if kind in groups else nn.Identity()
+
+
+def image_network(
+    settings: ImageNetworkConfig, channels: int, size: int, nclass: int, seed: int, purpose: str, *ids: int
+) -> ImageNetwork:
+    """A fresh network for images [channels, size, size], its weights drawn from the stream (seed, purpose, ids...).
+
+    Raises ConfigError where the images are too small for it.
+    """
+    smallest = {"convnet": 1 if settings.pooling == "none" else 2**settings.depth, "vgg11": 32, "alexnet": 8, "mlp": 1}
+    limit = smallest.get(settings.net_type, 12 if settings.net_type == "lenet" else 8)
+    if size < limit:
+        detail = f" with depth: {settings.depth}" if settings.net_type == "convnet" else ""
+        raise ConfigError(
+            f"network.net_type: {settings.net_type}{detail} needs images of {limit} pixels, dataset.size is {size}: "
+            "raise the size or take a smaller network"
+        )
+    builders = {"convnet": convnet, "vgg11": vgg11, "alexnet": alexnet, "mlp": mlp, "lenet": lenet}
+    with torch.random.fork_rng():
+        torch.manual_seed(stream_seed(seed, purpose, *ids))
+        blocks, join = builders.get(settings.net_type, resnet)(settings, channels, size)
+        return ImageNetwork(blocks, join, channels, size, nclass)
+
+
+Parts = tuple[list[nn.Module], nn.Module]
+
+
+def convnet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
+    """Convolution, norm, activation, pooling by 2, `depth` times (Gidaris & Komodakis 2018, as in Zhao et al. 2021)."""
+    pools = {"avg": nn.AvgPool2d(2), "max": nn.MaxPool2d(2), "none": nn.Identity()}
+    act = ACTIVATIONS[s.activation]
+    widths = [channels] + [s.width] * s.depth
+    blocks: list[nn.Module] = [
+        nn.Sequential(nn.Conv2d(a, b, 3, padding=1), norm(s.norm_type, b), act(), pools[s.pooling])
+        for a, b in zip(widths, widths[1:], strict=False)
+    ]
+    return blocks, nn.Flatten()
+
+
+def resnet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
+    """torchvision's ResNet with the stem for small images: a 3 x 3 convolution of stride 1 and no max pooling.
+
+    `_ap`: every convolution of stride 2 becomes one of stride 1 and an average pooling (Zhao et al. 2021).
+    """
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    counts = [1, 1, 1, 1] if s.net_type == "resnet10_ap" else [2, 2, 2, 2]
+    whole: Any = ResNet(BasicBlock, counts, norm_layer=lambda width: norm(s.norm_type, width))
+    stem = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    blocks: list[nn.Module] = [nn.Sequential(stem, whole.bn1, whole.relu)]
+    for stage in (whole.layer1, whole.layer2, whole.layer3, whole.layer4):
+        if s.net_type.endswith("_ap") and stage[0].conv1.stride == (2, 2):
+            first = stage[0]
+            first.conv1.stride = first.downsample[0].stride = (1, 1)
+            first.conv2 = nn.Sequential(nn.AvgPool2d(2), first.conv2)
+            first.downsample[0] = nn.Sequential(first.downsample[0], nn.AvgPool2d(2))
+        blocks.append(stage)
+    return blocks, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def vgg11(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
+    """The convolutions of VGG-11 with norms, the last map flattened into one linear layer (Zhao et al. 2021)."""
+    blocks: list[nn.Module] = []
+    for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+        layers: list[nn.Module] = []
+        for width in stage:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), norm(s.norm_type, width), nn.ReLU()]
+            channels = width
+        blocks.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
+    return blocks, nn.Flatten()
+
+
+def alexnet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
+    """AlexNet for small images (Zhao et al. 2021)."""
+    return [
+        nn.Sequential(nn.Conv2d(channels, 128, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(128, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(192, 256, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(256, 192, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(192, 192, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+    ], nn.Flatten()
+
+
+def mlp(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
+    """Two hidden layers."""
+    pixels = channels * size * size
+    layers = (nn.Flatten(), nn.Linear(pixels, s.width), nn.ReLU(), nn.Linear(s.width, s.width), nn.ReLU())
+    return [], nn.Sequential(*layers)
+
+
+def lenet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
+    """LeNet-5 with ReLU and max pooling; the first convolution is padded for grey images, as MNIST's 28 pixels want."""
+    first = nn.Conv2d(channels, 6, 5, padding=2 if channels == 1 else 0)
+    blocks: list[nn.Module] = [
+        nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
+    ]
+    with torch.no_grad():
+        maps = nn.Sequential(*blocks)(torch.zeros(1, channels, size, size))
+    join = nn.Sequential(nn.Flatten(), nn.Linear(maps.numel(), 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
+    return blocks, join

@@ -1,0 +1,187 @@
+"""Image data as tensors: bytes in memory (or files), read by sample id as normalised batches."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from config import ConfigError, LocalPath, Section
+from utils.image_readers import RawSplit, decode_files, fit_size, read_images
+from utils.streams import generator
+
+
+class ImageDatasetConfig(Section):
+    """Which images, and how many of a class are drawn at once."""
+
+    dataset: str
+    nclass: int = Field(ge=2)
+    size: int = Field(ge=8)  # pixels of a side
+    data_dir: LocalPath | None = None
+    load_memory: bool = True  # decode all files at the start; false: when they are drawn
+    batch_real: int = Field(256, ge=1)
+    val_fraction: float = Field(0.1, gt=0, lt=0.5)  # of train
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Mean and deviation of every channel [C], of pixels between 0 and 1."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, C, H, W] in 0 ... 1 -> mean 0, deviation 1."""
+        return (pixels - self.mean.to(pixels)[:, None, None]) / self.std.to(pixels)[:, None, None]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of one size."""
+
+    images: Tensor | tuple[Path, ...]  # uint8 [N, C, H, W], or files
+    targets: Tensor  # [N, classes] one-hot or soft
+    size: int
+    normaliser: Normaliser
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def labels(self) -> Tensor:
+        """Class ids [N]."""
+        return self.targets.argmax(1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """All alike [N]: batches are drawn as for text, whose samples differ in length."""
+        return torch.ones(len(self), dtype=torch.long)
+
+    def pixels(self, samples: Tensor) -> Tensor:
+        """Images [B, C, H, W] in 0 ... 1."""
+        if isinstance(self.images, Tensor):
+            found = self.images[samples.to(self.images.device)]
+        else:
+            found = decode_files([self.images[i] for i in samples.tolist()], self.size)
+        return found.float() / 255
+
+    def input(self, samples: Tensor, device: torch.device) -> Tensor:
+        """Normalised images [B, C, H, W]."""
+        return self.normaliser(self.pixels(samples).to(device))
+
+    def batch(self, samples: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Normalised images [B, C, H, W] with their targets [B, classes]."""
+        return self.input(samples, device), self.targets[samples].to(device)
+
+    def subset(self, samples: Tensor) -> "ImageSet":
+        """These images only."""
+        if isinstance(self.images, Tensor):
+            images: Tensor | tuple[Path, ...] = self.images[samples.to(self.images.device)]
+        else:
+            images = tuple(self.images[i] for i in samples.tolist())
+        return ImageSet(images, self.targets[samples], self.size, self.normaliser)
+
+    def members(self) -> list[Tensor]:
+        """Sample ids of every class."""
+        return [(self.labels == c).nonzero().flatten() for c in range(self.targets.shape[1])]
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """The same images on `device`, where they are in memory."""
+        images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
+        return ImageSet(images, self.targets, self.size, self.normaliser)
+
+    @property
+    def channels(self) -> int:
+        """Colour channels."""
+        return len(self.normaliser.mean)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the images, one a value."""
+        return len(self) * self.channels * self.size**2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images and of their class ids."""
+        return self.data_bytes + len(self) * (1 if self.targets.shape[1] <= 256 else 2)
+
+
+@dataclass(frozen=True)
+class ImageCorpus:
+    """A data set ready for use; `val` is cut from train."""
+
+    classes: tuple[str, ...]
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    fingerprint: str
+
+
+def load_images(config: ImageDatasetConfig) -> ImageCorpus:
+    """The data set, resized, with a stratified validation part. Raises ConfigError."""
+    raw = read_images(config.dataset, config.data_dir, config.size)
+    if len(raw.classes) != config.nclass:
+        raise ConfigError(f"dataset.nclass: {config.nclass}, but {config.dataset} has {len(raw.classes)} classes")
+    counts = raw.train.labels.bincount(minlength=config.nclass)
+    if int(counts.min()) < 2:
+        name = raw.classes[int(counts.argmin())]
+        raise ConfigError(f"dataset: class {name} has {int(counts.min())} training images; 2 are the least")
+    kept, held = stratified(raw.train.labels, config.val_fraction)
+    images = [in_memory(part, config) for part in (raw.train, raw.test)]
+    normaliser = measure(take(images[0], kept), config.size)
+    train, val, test = (
+        ImageSet(part, one_hot(labels, config.nclass).float(), config.size, normaliser)
+        for part, labels in (
+            (take(images[0], kept), raw.train.labels[kept]),
+            (take(images[0], held), raw.train.labels[held]),
+            (images[1], raw.test.labels),
+        )
+    )
+    return ImageCorpus(raw.classes, train, val, test, fingerprint((train, val, test)))
+
+
+def in_memory(part: RawSplit, config: ImageDatasetConfig) -> Tensor | tuple[Path, ...]:
+    """Images of the wanted size, or their files with `load_memory: false`."""
+    if isinstance(part.images, Tensor):
+        return fit_size(part.images, config.size)
+    return decode_files(part.images, config.size) if config.load_memory else part.images
+
+
+def take(images: Tensor | tuple[Path, ...], which: Tensor) -> Tensor | tuple[Path, ...]:
+    """Some of the images."""
+    return images[which] if isinstance(images, Tensor) else tuple(images[i] for i in which.tolist())
+
+
+def stratified(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Sample ids of train and validation: of every class the fraction, at least 1, by the stream (0, "validation")."""
+    held = []
+    for c in labels.unique().tolist():
+        ids = (labels == c).nonzero().flatten()
+        order = torch.randperm(len(ids), generator=generator(0, "validation", c))
+        held.append(ids[order[: max(1, round(fraction * len(ids)))]])
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask[torch.cat(held)] = True
+    return (~mask).nonzero().flatten(), mask.nonzero().flatten()
+
+
+def measure(images: Tensor | tuple[Path, ...], size: int) -> Normaliser:
+    """Mean and deviation of the channels; of at most 2,000 files, evenly spaced."""
+    if not isinstance(images, Tensor):
+        images = decode_files(images[:: -(-len(images) // 2000)], size)
+    values = images.transpose(0, 1).flatten(1).double() / 255
+    return Normaliser(values.mean(1).float(), values.std(1).clamp_min(1e-3).float())
+
+
+def fingerprint(parts: tuple[ImageSet, ...]) -> str:
+    """Short name of the data: its bytes, or its files' names and sizes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.labels.numpy().tobytes())
+        if isinstance(part.images, Tensor):
+            digest.update(part.images.numpy().tobytes())
+        else:
+            digest.update("".join(f"{path.name}{path.stat().st_size}" for path in part.images).encode())
+    return digest.hexdigest()[:16]
