@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from condense.job import Job, claim, condense_folder, ensure_teachers, fresh_teacher, read_teachers
+from condense.job import Job, condense_folder, ensure_teachers, fresh_teacher, read_teachers
 from condenser.coresets import herding_subset, k_center_subset, random_subset
 from condenser.evaluator import TrainingSet, logits_of, soft_labels
 from condenser.synthetic_set import load_synthetic
@@ -66,9 +66,7 @@ class Arms:
         """A condensed set."""
         cfg = self.job.cfg
         which = "0" if row == "initial" else "best" if cfg.evaluation.which == "best" else str(cfg.condense.niter)
-        run = source(self.job, row, seed)
-        claim(run, self.job.origin)
-        path = run / "distilled_data" / f"syn_data_{which}.pth"
+        path = source(self.job, row, seed) / "distilled_data" / f"syn_data_{which}.pth"
         found = load_synthetic(path)
         data = self.job.student_view(found, path)
         if row == "condensed_soft":

@@ -11,7 +11,6 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import sys
 from pathlib import Path
 
 from condense.dry_run_text import dry_run
@@ -20,7 +19,7 @@ from condense.learning import learn, said_finished
 from condense.text_job import TextConfig, open_text
 from config import CommandLine, Resolved
 from utils.init_script import init_script
-from utils.program import run_program
+from utils.program import leave, run_program
 from utils.run_folder import RunFolder
 from utils.stopping import stop_flag
 
@@ -46,4 +45,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

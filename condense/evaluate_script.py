@@ -11,7 +11,6 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import sys
 from pathlib import Path
 
 from condense.dry_run_image import dry_run
@@ -21,7 +20,7 @@ from condense.judging import judge_rows, show
 from condense.learning import said_finished
 from config import CommandLine, Resolved
 from utils.init_script import init_script
-from utils.program import run_program
+from utils.program import leave, run_program
 from utils.run_folder import RunFolder
 from utils.stopping import stop_flag
 
@@ -45,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

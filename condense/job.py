@@ -208,15 +208,14 @@ def bank_folder(cfg: JobConfig) -> Path:
     return complete[0] if complete else own
 
 
-def claim(folder: Path, origin: dict[str, str]) -> None:
+def claim(folder: Path, origin: dict[str, str], remedy: str = "start again with --overwrite") -> None:
     """Note what a folder's contents are made from. Raises ConfigError where they are made from something else."""
     path = folder / "origin.json"
     if not path.exists():
         atomic_write(path, json.dumps(origin).encode())
     elif json.loads(path.read_text()) != origin:
         raise ConfigError(
-            f"{folder}: made from other data (was it changed, or a package of the docstrings corpus upgraded?): "
-            "start again with --overwrite"
+            f"{folder}: made from other data (was it changed, or for docstrings a package upgraded?): {remedy}"
         )
 
 
@@ -244,7 +243,7 @@ def ensure_teachers(job: Job, flag: StopFlag) -> Path:
     folder = Path(world.broadcast(str(bank_folder(cfg))))
     epoch = cfg.condense.teacher_model_epoch
     if world.main:
-        claim(folder, job.origin)
+        claim(folder, job.origin, "run the pretraining program with --overwrite")
     missing = world.broadcast(missing_members(folder, cfg.condense.num_premodel, epoch))
     if missing:
         log.info(f"training {len(missing)} of {cfg.condense.num_premodel} teachers into {folder}")

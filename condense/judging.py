@@ -1,10 +1,11 @@
 """An evaluation of any modality: fresh students of every row, their numbers kept as they come, table and report."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from condense.arms import FIXED, LEARNED, NAMES, Arm, Arms, source
-from condense.job import Job
+from condense.job import Job, claim
 from condenser.evaluator import Row, StudentScore, evaluate_student, summarise
 from condenser.synthetic_set import load_synthetic
 from config import ConfigError
@@ -12,7 +13,7 @@ from utils.checkpoint import atomic_write
 from utils.progress import Progress
 from utils.report import Block, Heading, Paragraph, Picture, Table, plain_table, write_report
 from utils.run_folder import RESULT, RunFolder, log
-from utils.stopping import StopFlag, Stopped
+from utils.stopping import StopFlag
 
 Task = tuple[str, int, int, str]  # row, condensation or subset seed, number and architecture of the student
 
@@ -20,17 +21,22 @@ Task = tuple[str, int, int, str]  # row, condensation or subset seed, number and
 def judge_rows(job: Job, run: RunFolder, flag: StopFlag) -> None:
     """Train the students that have no numbers yet, each rank its share, and write the report."""
     check_runs(job)
+    if job.world.main:
+        claim(run.folder, job.origin)
     tasks = tasks_of(job)
     open_tasks = job.world.broadcast([task for task in tasks if not student_file(run, task).exists()])
     arms = Arms(job, flag)
     mine = job.world.share([1.0] * len(open_tasks))
     progress = Progress("students", len(mine) * job.cfg.evaluation.steps, shown=job.world.main)
+
+    def step(count: int = 1) -> None:
+        progress.step(count)
+        flag.check()  # not only between students: the launcher does not wait long
+
     for i in mine:
-        found, arm = judge_one(job, arms, open_tasks[i], progress)
+        found, arm = judge_one(job, arms, open_tasks[i], step)
         value = found.as_dict() | {"bytes": arm.nbytes, "documents": arm.documents, "labels": arm.labels}
         atomic_write(student_file(run, open_tasks[i]), json.dumps(value).encode())
-        if flag.number:
-            raise Stopped(flag.number)
     progress.close()
     job.world.barrier()
     rows = collect(job, run, tasks)
@@ -65,13 +71,16 @@ def tasks_of(job: Job) -> list[Task]:
 
 
 def check_runs(job: Job) -> None:
-    """Raise ConfigError with the command to run for every condensation run that is wanted and not finished."""
+    """Raise ConfigError with the command to run for every condensation run that is wanted and not finished, and for
+    one that was made from other data."""
     missing: dict[Path, tuple[str, list[str]]] = {}  # run -> its arguments, the rows that read it
     for row in job.cfg.evaluation.rows:
         for seed in seeds_of(job, row) if row in LEARNED else ():
             folder = source(job, row, seed)
-            if not (folder / RESULT).exists():
-                extra = " condense.dis_metrics=MMD" if row == "mean_matching" else ""
+            extra = " condense.dis_metrics=MMD" if row == "mean_matching" else ""
+            if (folder / RESULT).exists():
+                claim(folder, job.origin, f"run {job.program} with seed={seed}{extra} --overwrite")
+            else:
                 missing.setdefault(folder, (f"seed={seed}{extra}", []))[1].append(row)
     if missing:
         raise ConfigError(
@@ -83,21 +92,21 @@ def check_runs(job: Job) -> None:
         )
 
 
-def judge_one(job: Job, arms: Arms, task: Task, progress: Progress) -> tuple[StudentScore, Arm]:
+def judge_one(job: Job, arms: Arms, task: Task, on_step: Callable[..., None]) -> tuple[StudentScore, Arm]:
     """The numbers of one student and its training set."""
     row, seed, student, network = task
     cfg = job.cfg
     if row.startswith("tfidf"):
         which = arms.subset("full" if row == "tfidf_full" else "random", seed)
         found, data = job.linear(which), job.train.subset(which)
-        progress.step(cfg.evaluation.steps)
+        on_step(cfg.evaluation.steps)
         return found, Arm(data, data.nbytes, len(data), "hard")
     arm = arms.get(row, seed)
     # The students of a number are the same in every row: rows differ in their data only.
     net = job.student(network, cfg.seed, "student", student)
     found = evaluate_student(
         net, arm.data, job.val, job.test, (job.parts(job.val), job.parts(job.test)), cfg.evaluation, cfg.multilabel,
-        job.world.device, (cfg.seed, "student", student), progress.step, job.augmenter(teachers=False),
+        job.world.device, (cfg.seed, "student", student), on_step, job.augmenter(teachers=False),
     )  # fmt: skip
     return found, arm
 

@@ -10,7 +10,6 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import sys
 from pathlib import Path
 
 from condense.dry_run_image import dry_run
@@ -18,7 +17,7 @@ from condense.image_job import OPTIONS, ImageConfig, open_images
 from condense.teaching import teach
 from config import CommandLine, Resolved
 from utils.init_script import init_script
-from utils.program import run_program
+from utils.program import leave, run_program
 from utils.stopping import stop_flag
 
 
@@ -38,4 +37,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -121,7 +121,7 @@ class Condenser(ClassCondenser):
         parts = torch.arange(len(samples)).split(self.settings.image_budget)
         half = self.settings.real_precision == "bfloat16"
         for i in self.world.share([float(len(part)) for part in parts]):
-            x = self.match_view(self.images.input(samples[parts[i]], self.device))
+            x = self.match_view(self.images.input(samples[parts[i]], self.device).to(features.dtype))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                 features[:, parts[i]] = self.real_network(x).features.to(features.dtype)
         return self.world.sum(features) if self.world.size > 1 else features

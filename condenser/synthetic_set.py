@@ -50,14 +50,14 @@ def load_synthetic(path: Path) -> SyntheticSet:
         value = {
             "data": data,
             "targets": targets,
-            "owner": targets.argmax(1) if targets.ndim == 2 else targets,
+            "owner": targets.argmax(1) if targets.ndim == 2 else targets.long(),
             "meta": {},
         }
     if not isinstance(value, dict) or not {"data", "targets", "owner"} <= value.keys():
         raise ConfigError(f"{path}: holds neither a synthetic set nor a [data, targets] list")
     mask, meta = value.get("attention_mask"), value.get("meta", {})
     tensors = [value["data"], value["targets"], value["owner"], *([] if mask is None else [mask])]
-    if not all(isinstance(v, Tensor) for v in tensors) or not isinstance(meta, dict):
+    if not all(isinstance(v, Tensor) and v.ndim for v in tensors) or not isinstance(meta, dict):
         raise ConfigError(f"{path}: holds fields of another kind than a synthetic set's")
     if mask is not None and mask.shape != value["data"].shape[:2]:
         raise ConfigError(f"{path}: mask of shape {tuple(mask.shape)} for rows of {tuple(value['data'].shape)}")

@@ -17,12 +17,6 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
     prepare()
 
 import argparse
-import resource
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,14 +26,26 @@ from torch.nn import functional as F
 
 from condenser.Condenser_text import CondenseConfig, Condenser
 from condenser.loop import OptimizationConfig, make_optimizer
-from NCFM.cf_loss import frequencies
+from scripts.versus import (
+    SIDES,
+    Side,
+    Step,
+    difference,
+    frequencies_of,
+    ours,
+    peak,
+    peak_alone,
+    rounds,
+    set_teachers,
+    textbook,
+)
 from utils.ddp import World, choose_device, process_group
 from utils.encoder import EncoderFactory, TextInput
+from utils.program import leave
 from utils.streams import generator
-from utils.teachers import TeacherBank, trainable, update_feature_extractor
+from utils.teachers import TeacherBank, trainable
 from utils.utils_text import TextSet
 
-SIDES = ("plain", "ours")
 # Training documents of Reuters' 20 largest classes.
 HEAD = (2877, 1650, 538, 433, 389, 369, 347, 212, 197, 181, 140, 131, 125, 111, 101, 94, 87, 78, 75, 75)
 
@@ -94,7 +100,9 @@ def make(shapes: Shapes, world: World, dtype: torch.dtype, data: TextSet) -> Con
         num_attention_heads=shapes.heads, intermediate_size=4 * shapes.hidden, max_position_embeddings=shapes.length,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    body = AutoModel.from_config(settings, attn_implementation="sdpa")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # both sides get the same weights
+        body = AutoModel.from_config(settings, attn_implementation="sdpa")
     factory = EncoderFactory(body, True, shapes.classes, "cls", shapes.matched)
     nets = tuple(factory.fresh(0, "benchmark", i).to(world.device, dtype) for i in range(2))
     bank = TeacherBank(*([{k: v.detach().clone() for k, v in trainable(net).items()}] for net in nets))
@@ -120,18 +128,7 @@ def whole_blocks(c: Condenser) -> None:
         blocks[-1] = whole.to(c.data).requires_grad_(False).eval()
 
 
-def textbook(real: Tensor, syn: Tensor, t: Tensor) -> Tensor:
-    """Amplitude and phase loss as the paper writes it, each projection computed for its cosine and for its sine."""
-    parts = []
-    for x in (real, syn):
-        parts += [torch.cos(x @ t.T).mean(0), torch.sin(x @ t.T).mean(0)]
-    re, im, re_s, im_s = parts
-    a, a_s = (re**2 + im**2).sqrt(), (re_s**2 + im_s**2).sqrt()
-    amplitude, phase = (a - a_s) ** 2, 2 * (a * a_s - re * re_s - im * im_s)
-    return (0.5 * amplitude + 0.5 * phase.clamp(min=1e-12)).sqrt().mean()
-
-
-def plain_match(c: Condenser, t: Tensor, number: int, step: Callable[[], None]) -> float:
+def plain_match(c: Condenser, t: Tensor, number: int, step: Step) -> float:
     """Matching class by class on the condenser's rows at frequencies t [L, F, D]; sum of the losses."""
     ipc, total = c.settings.ipc, 0.0
     for i, label in enumerate(c.classes):
@@ -141,7 +138,7 @@ def plain_match(c: Condenser, t: Tensor, number: int, step: Callable[[], None]) 
         with torch.no_grad():
             real = c.model_interval(TextInput(F.pad(x.tokens, (0, room)), F.pad(x.mask, (0, room)))).features
         syn = c.model_interval(TextInput(c.data[where], c.row_mask[where].long().to(c.device))).features
-        losses = [textbook(F.normalize(r), F.normalize(s), u) for r, s, u in zip(real, syn, t, strict=True)]
+        losses = [textbook(r, s, u) for r, s, u in zip(real, syn, t, strict=True)]
         loss = c.settings.match_weight * torch.stack(losses).mean()
         loss.backward()
         step()
@@ -149,7 +146,7 @@ def plain_match(c: Condenser, t: Tensor, number: int, step: Callable[[], None]) 
     return total
 
 
-def plain_calibrate(c: Condenser, step: Callable[[], None]) -> float:
+def plain_calibrate(c: Condenser, step: Step) -> float:
     """Calibration class by class; sum of the losses."""
     ipc, total = c.settings.ipc, 0.0
     for i in range(len(c.classes)):
@@ -164,115 +161,32 @@ def plain_calibrate(c: Condenser, step: Callable[[], None]) -> float:
     return total
 
 
-def draw(c: Condenser, number: int) -> Tensor:
-    """Set the teachers of iteration `number` as the condenser does; its frequencies [L, F, D]."""
-    stream = generator(c.seed, "teacher", number)
-    update_feature_extractor(c.bank, c.model_final, c.model_interval, stream, *c.settings.interpolation)
-    return frequencies_of(c, number)
+def plain_side(c: Condenser, optimizer: torch.optim.Optimizer) -> Side:
+    """The plain loop on a condenser's rows."""
+    whole_blocks(c)
 
+    def match(number: int, step: Step) -> float:
+        set_teachers(c, number)
+        return plain_match(c, frequencies_of(c, number), number, step)
 
-def frequencies_of(c: Condenser, number: int) -> Tensor:
-    """Frequencies [L, F, D] of iteration `number`."""
-    gen = generator(c.seed, "frequencies", number, device=c.device)
-    return frequencies(c.feature_shape, c.settings.freq_scales, gen, c.data.detach())
+    return Side(c, optimizer, match, lambda number, step: plain_calibrate(c, step), plain=True)
 
 
 def compare(world: World) -> float:
-    """Largest relative difference of a loss or of a row's gradient, ours against the plain loop, in float64."""
-    c = make(SHAPES["tiny"], world, torch.float64, documents(SHAPES["tiny"], True))
-    c.targets = c.targets.double()  # torch's cross-entropy computes partly in the precision of the targets
-
-    def measured(run: Callable[[], float]) -> tuple[float, Tensor]:
-        c.data.grad = torch.zeros_like(c.data)
-        return run(), c.data.grad.flatten(1)
-
-    c.prepare(0)
-    ours = (measured(lambda: c.match().total), measured(lambda: c.calibrate().total))
-    whole_blocks(c)
-    t = frequencies_of(c, 0)
-    plain = (measured(lambda: plain_match(c, t, 0, lambda: None)), measured(lambda: plain_calibrate(c, lambda: None)))
-    worst = 0.0
-    for name, (loss, rows), (want, want_rows) in zip(("match", "calibrate"), ours, plain, strict=True):
-        apart = abs(loss - want) / want
-        rows_apart = float(((rows - want_rows).norm(dim=1) / want_rows.norm(dim=1)).max())
-        print(f"float64 {name}: relative difference of loss {apart:.1e}, of a row's gradient {rows_apart:.1e}")
-        worst = max(worst, apart, rows_apart)
-    return worst
+    """Largest relative difference between the two sides, in float64."""
+    sides = []
+    for make_side in (plain_side, ours):
+        c = make(SHAPES["tiny"], world, torch.float64, documents(SHAPES["tiny"], True))
+        c.targets = c.targets.double()  # torch's cross-entropy computes partly in the precision of the targets
+        sides.append(make_side(c, torch.optim.SGD([c.data], lr=0.0)))
+    return difference(*sides)
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds of one call, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def time_side(side: str, c: Condenser, optimizer: torch.optim.Optimizer, number: int) -> dict[str, float]:
-    """Seconds of the parts of one iteration: `match` and `calib` with their steps, and `build`, our real side."""
-
-    def step() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def ours(gradient: Callable[[], object]) -> None:
-        gradient()
-        step()
-
-    if side == "plain":
-        match = seconds(lambda: plain_match(c, draw(c, number), number, step), c.device)
-        return {"match": match, "calib": seconds(lambda: plain_calibrate(c, step), c.device)}
-    return {
-        "build": seconds(lambda: c.prepare(number), c.device),
-        "match": seconds(lambda: ours(c.match), c.device),
-        "calib": seconds(lambda: ours(c.calibrate), c.device),
-    }
-
-
-def start(side: str, shapes: Shapes, world: World, data: TextSet) -> tuple[Condenser, torch.optim.Optimizer]:
-    """A side's condenser and optimiser, the one of the requirement: gradient descent with momentum."""
+def start(side: str, shapes: Shapes, world: World, data: TextSet) -> Side:
+    """A side on its condenser with the optimiser of the requirement: gradient descent with momentum."""
     c = make(shapes, world, torch.float32, data)
-    if side == "plain":
-        whole_blocks(c)
-    return c, make_optimizer(c.data, OptimizationConfig(optimizer="sgd", lr_img=0.01), 1e-6)
-
-
-def peak_alone(side: str) -> float:
-    """Peak memory in GB of a side's first iteration in a process of its own, started with our arguments."""
-    words = [sys.executable, "-m", "scripts.bench_ncfm_text", *sys.argv[1:], "--only", side]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
-
-
-def only(side: str, shapes: Shapes, world: World, data: TextSet) -> float:
-    """Peak memory in GB of this process (of its device, if that is a GPU) after one iteration of one side."""
-    c, optimizer = start(side, shapes, world, data)
-    time_side(side, c, optimizer, 0)
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def rounds(count: int, shapes: Shapes, world: World, data: TextSet) -> None:
-    """Time the sides in turn, `count` rounds after one to warm up, and print every round and the medians."""
-    sides = {side: start(side, shapes, world, data) for side in SIDES}
-    taken: list[dict[str, dict[str, float]]] = []
-    for number in range(count + 1):
-        found = {side: time_side(side, c, optimizer, number) for side, (c, optimizer) in sides.items()}
-        parts = (f"{side} {name} {value:.3f} s" for side, times in found.items() for name, value in times.items())
-        print(f"round {number}: " + ", ".join(parts), flush=True)
-        taken += [found] if number else []
-    for title, names in (("matching", ("match",)), ("matching and calibration", ("match", "calib"))):
-        plain = [sum(found["plain"][name] for name in names) for found in taken]
-        print(f"{title}: plain loop {statistics.median(plain):.3f} s/iteration")
-        for mode, build in (("exact", 1.0), ("refresh 10", 0.1), ("cached", 0.0)):
-            ours = [sum(found["ours"][n] for n in names) + build * found["ours"]["build"] for found in taken]
-            ratios = [a / b for a, b in zip(plain, ours, strict=True)]
-            print(f"  {mode}: {statistics.median(ours):.3f} s/iteration, plain / ours {statistics.median(ratios):.2f} "
-                  f"[{min(ratios):.2f} - {max(ratios):.2f}]", flush=True)  # fmt: skip
+    optimizer = make_optimizer(c.data, OptimizationConfig(optimizer="sgd", lr_img=0.01), 1e-6)
+    return plain_side(c, optimizer) if side == "plain" else ours(c, optimizer)
 
 
 def main() -> int:
@@ -293,22 +207,22 @@ def main() -> int:
     shapes = replace(shapes, classes=args.classes or shapes.classes)
     device = torch.device("cpu") if args.device == "cpu" else choose_device(None)
     if not args.only:  # first of all: a process inherits the peak of the one that starts it
-        peaks = {side: peak_alone(side) for side in SIDES}
+        peaks = {side: peak_alone("scripts.bench_ncfm_text", side) for side in SIDES}
         print("peak memory, GB: " + ", ".join(f"{side} {value:.2f}" for side, value in peaks.items()), flush=True)
     with process_group(device) as world:
         data = documents(shapes, args.scaled).to(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         if args.only:
-            print(f"peak memory in GB, {args.only}: {only(args.only, shapes, world, data):.2f}")
+            print(f"peak memory in GB, {args.only}: {peak(start(args.only, shapes, world, data)):.2f}")
             return 0
         if compare(world) > 1e-8:
             return 1
         print(f"{device}, {torch.get_num_threads()} threads, {args.shapes}: {shapes}", flush=True)
         share = float(data.lengths.float().mean()) / shapes.length
         print(f"{len(data)} documents, {share:.0%} of the padded length on average", flush=True)
-        rounds(args.rounds, shapes, world, data)
+        rounds(args.rounds, {side: start(side, shapes, world, data) for side in SIDES})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

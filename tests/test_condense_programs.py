@@ -1,147 +1,24 @@
 """The three text programs as users start them: processes, ranks, signals, mistakes."""
 
 import json
-import os
-import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from launching import ROOT, Ended, start, torchrun, wait
+from mini_lab import NITER, Lab, make_lab
 
-ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("pretrain_script_text", "condense_script_text", "evaluate_script_text")
-CLASSES = ("corn", "money", "oil", "ship", "rare")
-NITER = 40
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-STUDENT = {"optimizer": "adamw", "lr": 1e-3, "head_lr": 3e-3, "batch_size": 16}
-CONFIG = {
-    "dataset": {"dataset": "mini", "nclass": 5, "batch_real": 8, "is_multilabel": True},
-    "network": {"model_path": "scratch:tiny", "depth": 2, "max_length": 16, "pooling": "mean", "vocab_size": 300},
-    "pretrain": STUDENT | {"epochs": 2},
-    "optimization": {"optimizer": "adam", "lr_img": 0.05, "lr_scale_adam": 1.0},
-    "condense": {
-        "ipc": 2, "num_premodel": 2, "teacher_model_epoch": 2, "niter": NITER, "num_freqs": 32, "match_weight": 3,
-        "token_budget": 64, "save_every": 20, "checkpoint_every": 3, "val_every": 0,
-    },
-    "evaluation": STUDENT | {"steps": 5, "repeat": 2, "rows": ["condensed", "random", "full", "initial"]},
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A process that has ended."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def last(self) -> str:
-        return self.err.strip().splitlines()[-1]
-
-
-def start(words: Sequence[str | Path], cwd: Path = ROOT) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(word) for word in words], cwd=cwd, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def wait(process: subprocess.Popen[str], status: int | None = 0) -> Ended:
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert status is None or process.returncode == status, f"{process.args}\n{out}\n{err}"
-    return Ended(process.returncode, out, err)
-
-
-def program(name: str) -> Path:
-    return ROOT / "condense" / f"{name}.py"
-
-
-def torchrun(ranks: int) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
-
-
-@dataclass(frozen=True)
-class Lab:
-    """A small data set, its configuration and teachers."""
-
-    folder: Path
-
-    @property
-    def yaml(self) -> Path:
-        return self.folder / "mini.yaml"
-
-    def words(self, name: str, save: str = "base", *more: str) -> list[str | Path]:
-        """Program, configuration and overrides; `save` names the results folder."""
-        return [program(name), f"--config_path={self.yaml}", f"save_dir={self.folder / save}", *more]
-
-    def start(self, name: str, save: str = "base", *more: str, ranks: int = 1) -> subprocess.Popen[str]:
-        launcher = [sys.executable] if ranks == 1 else torchrun(ranks)
-        return start([*launcher, *self.words(name, save, *more)])
-
-    def condense(self, save: str, *more: str, ranks: int = 1) -> subprocess.Popen[str]:
-        return self.start("condense_script_text", save, *more, ranks=ranks)
-
-    def run_folder(self, save: str) -> Path:
-        """The one condensation run in a results folder."""
-        (folder,) = (self.folder / save / "condense" / "condense" / "mini" / "ipc2").iterdir()
-        return folder
-
-    def rows(self, save: str, iteration: int = NITER) -> torch.Tensor:
-        path = self.run_folder(save) / "distilled_data" / f"syn_data_{iteration}.pth"
-        return torch.load(path, weights_only=True)["data"]
-
-    def wait_for_state(self, save: str, process: subprocess.Popen[str]) -> None:
-        """Return as soon as the run has saved a state."""
-        until = time.monotonic() + 120
-        while not list((self.folder / save).glob("condense/condense/mini/ipc2/*/state.pth")):
-            assert process.poll() is None and time.monotonic() < until, wait(process, None)
-            time.sleep(0.002)
-
-
-def document(labels: Sequence[int], draw: random.Random) -> dict[str, object]:
-    words = [f"{CLASSES[label]}{'abcdef'[draw.randrange(6)]}" for label in labels for _ in range(5)]
-    words += [f"common{'abcdefgh'[draw.randrange(8)]}" for _ in range(draw.randrange(1, 6))]
-    draw.shuffle(words)
-    return {"text": " ".join(words), "labels": [CLASSES[label] for label in labels]}
-
-
-def write_data(folder: Path) -> None:
-    """60 documents; every fifth has two labels; the last class has a single one to train on."""
-    draw = random.Random(0)
-    folder.mkdir()
-    for part, count in (("train", 40), ("val", 8), ("test", 12)):
-        labels = [[i % 4] + ([(i + 1) % 4] if i % 5 == 0 else []) for i in range(count - 1)] + [[4]]
-        lines = [json.dumps(document(own, draw)) for own in labels]
-        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """Data, configuration and trained teachers."""
-    lab = Lab(tmp_path_factory.mktemp("lab"))
-    write_data(lab.folder / "data")
-    places = {"pretrained_dir": str(lab.folder / "teachers"), "cache_dir": str(lab.folder / "cache")}
-    dataset = CONFIG["dataset"] | {"data_dir": str(lab.folder / "data")}
-    lab.yaml.write_text(yaml.safe_dump(CONFIG | places | {"dataset": dataset}))
-    done = wait(lab.start("pretrain_script_text"))
-    assert "teacher 1: validation micro-F1" in done.err
-    return lab
+    return make_lab(tmp_path_factory.mktemp("lab"))
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +213,24 @@ def test_evaluation_without_its_run_says_which_command_is_missing(lab: Lab) -> N
     assert "Traceback" not in done.err
     (line,) = done.err.strip().splitlines()
     assert "condense_script_text.py" in line and "seed=0" in line
+
+
+def test_what_was_made_from_other_documents_is_refused(lab: Lab) -> None:
+    data, save = lab.folder / "own_data", "own_data_runs"
+    shutil.copytree(lab.folder / "data", data)
+    own = (f"dataset.data_dir={data}", "condense.niter=3", "evaluation.rows=[random,condensed]")
+    wait(lab.condense(save, *own))
+    with (data / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "corna corna", "labels": ["corn"]}) + "\n")
+    finished, judged = lab.condense(save, *own), lab.start("evaluate_script_text", save, *own)
+    assert "finished already" in wait(finished).err
+    done = wait(judged, 1)
+    assert "made from other data" in done.last and done.last.endswith("with seed=0 --overwrite"), done.err
+    assert not list((lab.folder / save).rglob("students"))
+    (lab.run_folder(save) / "result.json").unlink()  # a run that is not finished
+    again, anew = wait(lab.condense(save, *own), 1), wait(lab.condense(save, *own, "--overwrite"), 1)
+    assert str(lab.run_folder(save)) in again.last and again.last.endswith("start again with --overwrite")
+    assert "teachers" in anew.last and anew.last.endswith("pretraining program with --overwrite")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from condenser.coresets import herding_subset, k_center_subset, random_subset
-from condenser.synthetic_set import SyntheticSet, load_dataset, load_synthetic
+from condenser.synthetic_set import SyntheticSet, checked, load_dataset, load_synthetic
 from condenser.synthetic_text import RowShape, decode, framed, student_view
 from config import ConfigError
 
@@ -31,6 +31,22 @@ def test_a_set_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
 def test_a_public_pair_of_tensors_is_read(tmp_path: Path) -> None:
     torch.save([torch.randn(4, 6, 3), torch.eye(4)], tmp_path / "old.pth")
     assert load_synthetic(tmp_path / "old.pth").owner.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.float32])
+def test_class_ids_are_read_as_one_hot_labels(tmp_path: Path, kind: torch.dtype) -> None:
+    ids = torch.tensor([0, 2, 1, 2])
+    torch.save([torch.randn(4, 6, 3), ids.to(kind)], tmp_path / "ids.pth")
+    found = checked(load_synthetic(tmp_path / "ids.pth"), tmp_path / "ids.pth", (6, 3), 3)
+    assert torch.equal(found.targets, torch.eye(3)[ids]) and torch.equal(found.owner, ids)
+    assert student_view(found).targets.shape == (4, 3)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 0.5])
+def test_class_ids_out_of_range_are_refused(tmp_path: Path, wrong: float) -> None:
+    torch.save([torch.randn(2, 6, 3), torch.tensor([0, wrong])], tmp_path / "ids.pth")
+    with pytest.raises(ConfigError, match=f"ids.pth: class {wrong}.*0 to 2"):
+        checked(load_synthetic(tmp_path / "ids.pth"), tmp_path / "ids.pth", (6, 3), 3)
 
 
 class Shout:
@@ -107,6 +123,21 @@ def test_subsets_take_ipc_of_every_class_and_all_of_a_smaller_one() -> None:
     subsets = random_subset(members, 5, 0), herding_subset(members, 5, features), k_center_subset(members, 5, features)
     for chosen in subsets:
         assert [int(torch.isin(own, chosen).sum()) for own in members] == [5, 3, 5]
+
+
+@pytest.mark.parametrize("pick", ["random", "herding", "k-center"])
+def test_a_class_finds_its_share_however_many_of_its_first_were_taken(pick: str) -> None:
+    members = [torch.arange(i, i + 5) for i in range(0, 30, 5)] + [torch.arange(60)]  # six small ones within a large
+    if pick == "random":
+        chosen = random_subset(members, 5, 0)
+    elif pick == "herding":  # 0 to 29 stand in the mean, so they come first
+        others = torch.randn(15, 4, generator=torch.Generator().manual_seed(0))
+        chosen = herding_subset(members, 5, torch.cat([torch.zeros(30, 4), others, -others]))
+    else:  # 0 to 29 stand far from each other and from the rest
+        points = torch.cat([100 * torch.eye(30), torch.zeros(30, 30)])
+        chosen = k_center_subset(members, 5, points)
+    assert chosen[:30].tolist() == list(range(30))
+    assert len(chosen) == len(chosen.unique()) == 35
 
 
 def test_herding_picks_the_samples_whose_mean_is_the_classs() -> None:

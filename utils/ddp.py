@@ -5,7 +5,6 @@ the CPU travel through gloo, tensors on a GPU through nccl.
 """
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,10 +126,6 @@ def process_group(device: torch.device, timeout_minutes: float = 60) -> Iterator
         world = World(rank, size, device)
         yield world
         world.barrier()  # a rank that raised skips this, and the launcher ends the others
-    except RuntimeError as error:
-        if "by peer" in str(error):
-            time.sleep(3)  # another rank failed and says why; the launcher ends this one before it repeats that
-        raise
     finally:
         dist.destroy_process_group()
 

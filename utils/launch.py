@@ -2,13 +2,18 @@
 
 import ctypes
 import os
+import signal
 import sys
 
 MAX_THREADS = 4  # more threads do not help the small networks of one process, more ranks do
 
 
 def prepare() -> None:
-    """Set thread count, passive waiting and the allocator for this process; the user's own settings win."""
+    """Set thread count, passive waiting and the allocator for this process; the user's own settings win.
+
+    Ctrl-C ends the process without a traceback until the program can save something (utils.stopping).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if "torch" in sys.modules:
         raise RuntimeError("utils.launch.prepare() must run before torch is imported")
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,12 +1,13 @@
 """The frame of every program: command line, configuration, and a user's mistake as one line."""
 
+import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -27,28 +28,39 @@ def run_program(
     """Run `body` on the configuration that the command line names; exit status 2 for a wrong configuration, 1 for a
     failed run, 128 + signal for a stopped one. Traceback of a user's mistake only with --debug."""
     debug = any(word.replace("-", "_") == "__debug" or word == "debug=true" for word in sys.argv[1:])
-    try:
-        command = parse_command_line(sys.argv[1:], doc, options)
-        resolved = add_args_from_yaml(schema, command.config_path, command.overrides, folder)
-    except ConfigError as error:
-        return complain(error, 2, debug)
 
     def attempt() -> int:
         try:
+            command = parse_command_line(sys.argv[1:], doc, options)
+            resolved = add_args_from_yaml(schema, command.config_path, command.overrides, folder)
+        except ConfigError as error:
+            return complain(error, 2, debug)
+        try:
             body(resolved, command)
-            sys.stdout.flush()
         except ConfigError as error:
             return complain(error, 1, debug)
-        except BrokenPipeError:  # as in `program --dry_run | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
-            return 128 + signal.SIGPIPE
         except Stopped as error:
             if environment_local_rank() == 0:
-                print(error, file=sys.stderr)
+                print(error, file=sys.stderr, flush=True)
             return error.status
         return 0
 
-    return record(attempt)() or 0  # what gets this far is a fault of the program: the launcher shows its traceback
+    # What gets through is a fault of the program: the launcher shows its traceback.
+    return record(unless_pipe_closes)(attempt) or 0
+
+
+def unless_pipe_closes(attempt: Callable[[], int]) -> int:
+    """The status of an attempt; 128 + SIGPIPE, in silence, where nobody reads its output (`--dry_run | head`)."""
+    try:
+        try:
+            status = attempt()
+        except SystemExit as left:  # --help
+            status = int(left.code or 0)
+        print(end="", flush=True)
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
+        return 128 + signal.SIGPIPE
 
 
 def complain(error: Exception, status: int, debug: bool) -> int:
@@ -62,3 +74,10 @@ def complain(error: Exception, status: int, debug: bool) -> int:
         print(f"[rank {os.environ.get('RANK')}] ", end="", file=sys.stderr)
     print(error, file=sys.stderr, flush=True)
     return status
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with everything written, and without the destructors of C++ libraries: gloo's sometimes abort."""
+    logging.shutdown()  # run_program has flushed standard output
+    print(end="", file=sys.stderr, flush=True)
+    os._exit(status)

@@ -70,6 +70,8 @@ class RunFolder:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
+        if self.writer:
+            self.writer.close()
         if self.world.main:
             atomic_write(self.folder / RESULT, json.dumps(result, indent=1).encode())
 

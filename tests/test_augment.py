@@ -1,0 +1,149 @@
+"""Augmentation: one draw for both halves, closed forms of every operation, exact shares."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from config import ConfigError
+from utils.augment import (
+    APPLY,
+    BRIGHTNESS,
+    CONTRAST,
+    CROP,
+    ROTATE,
+    SATURATION,
+    Augmentation,
+    Augmenter,
+    cutmix,
+    draw_augmentation,
+    mixup,
+    views,
+)
+from utils.streams import generator
+
+ALL = "color_crop_cutout_flip_scale_rotate"
+
+
+def images(count: int = 4, size: int = 16) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def only(name: str, *numbers: float) -> Augmentation:
+    return Augmentation((name,), {name: torch.tensor([[*numbers, *[0.5] * (3 - len(numbers))]], dtype=torch.float64)})
+
+
+def gen(number: int = 0) -> torch.Generator:
+    return generator(0, "test", number)
+
+
+def test_one_draw_does_the_same_to_both_halves() -> None:
+    view, x = draw_augmentation(ALL, 1, gen()), images(6)
+    torch.testing.assert_close(view(x), torch.cat([view(x[:2]), view(x[2:])]))
+    assert not torch.allclose(view(x), x)
+
+
+def test_parameters_come_from_the_stream_and_do_not_depend_on_the_other_operations() -> None:
+    few, many = draw_augmentation("crop", 1, gen()), draw_augmentation(ALL, 1, gen())
+    assert torch.equal(few.numbers["crop"], many.numbers["crop"])
+    assert not torch.equal(few.numbers["crop"], draw_augmentation("crop", 1, gen(1)).numbers["crop"])
+
+
+def test_images_of_a_batch_can_have_their_own_parameters() -> None:
+    x = images(1).expand(5, -1, -1, -1)
+    assert len({row.sum().item() for row in draw_augmentation("color", 5, gen())(x)}) == 5
+
+
+def test_brightness_saturation_and_contrast_are_their_closed_forms() -> None:
+    x = images()
+    torch.testing.assert_close(only("brightness", 0.8)(x), x + 0.3 * BRIGHTNESS)
+    grey = x.mean(1, keepdim=True)
+    torch.testing.assert_close(only("saturation", 0.25)(x), grey + (x - grey) * 0.25 * SATURATION)
+    torch.testing.assert_close(only("saturation", 0.0)(x), grey.expand_as(x))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(only("contrast", 1.0)(x), mean + (x - mean) * (1 + CONTRAST))
+
+
+def test_flip_is_torch_flip_for_one_half_of_the_numbers() -> None:
+    x = images()
+    assert torch.equal(only("flip", 0.2)(x), x.flip(3)) and torch.equal(only("flip", 0.7)(x), x)
+
+
+@pytest.mark.parametrize("numbers", [(0.0, 0.999), (0.5, 0.5), (0.999, 0.1)])
+def test_crop_is_a_slice_of_the_padded_image(numbers: tuple[float, float]) -> None:
+    x, most = images(), int(16 * CROP + 0.5)
+    top, left = (int(u * (2 * most + 1)) for u in numbers)
+    padded = torch.nn.functional.pad(x, (most,) * 4)
+    assert torch.equal(only("crop", *numbers)(x), padded[..., top : top + 16, left : left + 16])
+
+
+def test_the_middle_number_leaves_places_alone() -> None:
+    x = images()
+    torch.testing.assert_close(only("rotate", 0.5)(x), x)
+    torch.testing.assert_close(only("crop", 0.5, 0.5)(x), x)
+
+
+def test_a_turn_takes_a_point_where_trigonometry_says() -> None:
+    x = torch.zeros(1, 1, 65, 65, dtype=torch.float64)
+    x[0, 0, 32, 52] = 1.0  # 20 pixels to the right of the middle
+    row, column = divmod(int(only("rotate", 1.0)(x).argmax()), 65)
+    angle = ROTATE * math.pi / 180
+    assert abs(column - (32 + 20 * math.cos(angle))) < 1 and abs(abs(row - 32) - 20 * math.sin(angle)) < 1
+
+
+def test_cutout_empties_a_square_of_half_a_side() -> None:
+    x = torch.ones(1, 3, 16, 16, dtype=torch.float64)
+    empty = only("cutout", 0.5, 0.5)(x) == 0
+    assert empty[0, 0].sum() == 64 and torch.equal(empty[0, 0], empty[0, 2])
+
+
+@pytest.mark.parametrize("name", sorted(APPLY))
+def test_every_operation_lets_gradients_through(name: str) -> None:
+    x = images(2, 8).requires_grad_()
+    assert torch.autograd.gradcheck(only(name, 0.3, 0.6), (x,), fast_mode=True)
+
+
+def test_cutmix_labels_are_the_shares_of_the_pixels() -> None:
+    x = torch.arange(6.0)[:, None, None, None].expand(6, 3, 8, 8)
+    targets, mixed_some = torch.eye(6), False
+    for number in range(20):
+        mixed, labels = cutmix(x, targets, gen(number), 1.0, 1.0)
+        shares = torch.stack([(mixed[:, 0] == c).float().mean((1, 2)) for c in range(6)], 1)
+        torch.testing.assert_close(labels, shares)
+        mixed_some |= bool((labels.max(1).values < 1).any())
+    assert mixed_some
+    assert cutmix(x, targets, gen(), 1.0, 0.0)[0] is x
+
+
+def test_mixup_blends_images_and_labels_alike() -> None:
+    targets = torch.eye(5, dtype=torch.float64)
+    x = targets[:, :, None, None].expand(5, 5, 4, 4)
+    mixed, labels = mixup(x, targets, gen(), 0.4)
+    torch.testing.assert_close(mixed[:, :, 0, 0], labels)
+    torch.testing.assert_close(labels.sum(1), torch.ones(5, dtype=torch.float64))
+
+
+def test_beta_shares_have_beta_s_moments() -> None:
+    shares = torch.tensor([float(mixup(torch.eye(2)[:, :, None, None], torch.eye(2), gen(i), 2.0)[1].max())
+                           for i in range(400)])  # fmt: skip
+    # max(share, 1 - share) or 1 where a sample met itself; Beta(2, 2) has E[max] = 11/16
+    own = shares[shares < 1]
+    assert abs(float(own.mean()) - 11 / 16) < 0.03
+
+
+def test_an_augmenter_without_operations_changes_nothing() -> None:
+    x, targets = images(), torch.eye(4)
+    same, labels = Augmenter("none", 0.0)(x, targets, gen())
+    assert torch.equal(same, x) and labels is targets
+
+
+def test_views_are_of_the_raw_pixels() -> None:
+    x = images()
+    assert [torch.equal(a, b) for a, b in zip(views(x, "hflip"), (x, x.flip(3)), strict=True)] == [True, True]
+    assert len(views(x, "shift")) == 5 and views(x, "none")[0] is x
+
+
+def test_an_unknown_operation_is_one_line_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="cutuot is not one of .*did you mean 'cutout'"):
+        draw_augmentation("crop_cutuot", 1, gen())
