@@ -4,7 +4,7 @@ from pathlib import Path
 
 from condense.job import Job, ensure_teachers, make_condenser
 from condenser.evaluator import held_out_micro, logits_of, train_student
-from condenser.loop import Score, condense_loop
+from condenser.loop import Score
 from condenser.synthetic_set import SyntheticSet, load_synthetic
 from utils.metrics import probabilities
 from utils.report import Block, Heading, Paragraph, Picture, Table, write_report
@@ -24,7 +24,7 @@ def learn(job: Job, run: RunFolder, flag: StopFlag) -> None:
     """Learn the set, from the run's last state if there is one, and write its report."""
     teachers = ensure_teachers(job, flag)
     condenser = make_condenser(job, teachers)
-    result = condense_loop(condenser, job.cfg.optimization, run, flag, held_out_score(job), job.cfg.debug)
+    result = condenser.condense(job.cfg.optimization, run, flag, held_out_score(job), job.cfg.debug)
     if job.world.main:
         report(job, run)
     run.finish(result)

@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from condenser.compute_loss_text import compute_calib_loss, compute_match_loss
-from condenser.loop import condense_loop
 from condenser.matching import ClassCondenser, MatchConfig
 from condenser.synthetic_set import SyntheticSet, checked, load_synthetic
 from condenser.synthetic_text import RowShape, decode, initial_class
@@ -161,5 +160,3 @@ class Condenser(ClassCondenser):
             "word_table": table_name(self.table),
         }  # fmt: skip
         return SyntheticSet(data, targets, owner, mask, meta)
-
-    condense = condense_loop

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from condenser.loop import LoopConfig, Losses, Problem
+from condenser.loop import LoopConfig, Losses, Problem, condense_loop
 from config import ConfigError, LocalPath
 from NCFM.cf_loss import CFLossFunc, Distance, MeanLossFunc, frequencies, real_embedding
 from NCFM.sampling_net import SamplingNet
@@ -258,3 +258,5 @@ class ClassCondenser(Problem):
         """A tile as the networks read it."""
         where = self.place(tile)
         return self.as_input(self.filled(self.data[where]), where)
+
+    condense = condense_loop
