@@ -1,5 +1,6 @@
 """The training sets that students are compared on: learned sets, real subsets, and either with teachers' labels."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +21,10 @@ NAMES = {
     "initial": "its start (0 iterations)", "random": "random subset", "herding": "herding subset",
     "k_center": "k-center subset", "tfidf_full": "TF-IDF + linear, full data",
     "tfidf_random": "TF-IDF + linear, random subset", "condensed_soft": "condensed, soft labels",
-    "random_soft": "random subset, soft labels",
+    "random_soft": "random subset, soft labels", "condensed_plain": "condensed, no augmentation",
+    "random_plain": "random subset, no augmentation",
 }  # fmt: skip
-LEARNED = ("condensed", "mean_matching", "initial", "condensed_soft")
+LEARNED = ("condensed", "mean_matching", "initial", "condensed_soft", "condensed_plain")
 WITH_TEACHERS = ("herding", "k_center", "condensed_soft", "random_soft")
 FIXED = ("full", "tfidf_full", "herding", "k_center")  # rows that no condensation seed changes
 
@@ -48,9 +50,9 @@ def source(job: Job, row: str, seed: int) -> Path:
 class Arms:
     """Makes the training sets of the rows, each when it is first asked for."""
 
-    def __init__(self, job: Job, flag: StopFlag) -> None:
+    def __init__(self, job: Job, flag: StopFlag, rows: Iterable[str]) -> None:
         self.job, self.members = job, job.train.members()
-        self.teachers = ensure_teachers(job, flag) if set(job.cfg.evaluation.rows) & set(WITH_TEACHERS) else None
+        self.teachers = ensure_teachers(job, flag) if set(rows) & set(WITH_TEACHERS) else None
 
     def get(self, row: str, seed: int) -> Arm:
         """The training set of a row and seed."""

@@ -1,12 +1,13 @@
 """An evaluation of any modality: fresh students of every row, their numbers kept as they come, table and report."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from condense.arms import FIXED, LEARNED, NAMES, Arm, Arms, source
 from condense.job import Job, claim
 from condenser.evaluator import Row, StudentScore, evaluate_student, summarise
+from condenser.robust_scores import augmentation_robust_score, label_robust_score
 from condenser.synthetic_set import load_synthetic
 from config import ConfigError
 from utils.checkpoint import atomic_write
@@ -20,12 +21,12 @@ Task = tuple[str, int, int, str]  # row, condensation or subset seed, number and
 
 def judge_rows(job: Job, run: RunFolder, flag: StopFlag) -> None:
     """Train the students that have no numbers yet, each rank its share, and write the report."""
-    check_runs(job)
+    check_runs(job, job.cfg.evaluation.rows)
     if job.world.main:
         claim(run.folder, job.origin)
     tasks = tasks_of(job)
     open_tasks = job.world.broadcast([task for task in tasks if not student_file(run, task).exists()])
-    arms = Arms(job, flag)
+    arms = Arms(job, flag, job.cfg.evaluation.rows)
     mine = job.world.share([1.0] * len(open_tasks))
     progress = Progress("students", len(mine) * job.cfg.evaluation.steps, shown=job.world.main)
 
@@ -50,6 +51,8 @@ def show(run: RunFolder) -> None:
     if run.world.main:
         found = json.loads((run.folder / "report.json").read_text())
         print(plain_table(table([Row(**row) for row in found["rows"]], found["multilabel"])))
+        for line in found["robust_scores"]:
+            print(line)
         print(f"report: {run.folder / 'report.html'}", flush=True)
 
 
@@ -70,11 +73,11 @@ def tasks_of(job: Job) -> list[Task]:
     ]
 
 
-def check_runs(job: Job) -> None:
+def check_runs(job: Job, rows: Sequence[str]) -> None:
     """Raise ConfigError with the command to run for every condensation run that is wanted and not finished, and for
     one that was made from other data."""
     missing: dict[Path, tuple[str, list[str]]] = {}  # run -> its arguments, the rows that read it
-    for row in job.cfg.evaluation.rows:
+    for row in rows:
         for seed in seeds_of(job, row) if row in LEARNED else ():
             folder = source(job, row, seed)
             extra = " condense.dis_metrics=MMD" if row == "mean_matching" else ""
@@ -85,9 +88,9 @@ def check_runs(job: Job) -> None:
     if missing:
         raise ConfigError(
             "\n".join(
-                f"evaluation.rows: {', '.join(rows)}: no finished run {folder}: run {job.program} with the "
+                f"rows: {', '.join(names)}: no finished run {folder}: run {job.program} with the "
                 f"same arguments and {arguments}, or leave the rows out"
-                for folder, (arguments, rows) in missing.items()
+                for folder, (arguments, names) in missing.items()
             )
         )
 
@@ -106,7 +109,8 @@ def judge_one(job: Job, arms: Arms, task: Task, on_step: Callable[..., None]) ->
     net = job.student(network, cfg.seed, "student", student)
     found = evaluate_student(
         net, arm.data, job.val, job.test, (job.parts(job.val), job.parts(job.test)), cfg.evaluation, cfg.multilabel,
-        job.world.device, (cfg.seed, "student", student), on_step, job.augmenter(teachers=False),
+        job.world.device, (cfg.seed, "student", student), on_step,
+        None if row.endswith("_plain") else job.augmenter(teachers=False),
     )  # fmt: skip
     return found, arm
 
@@ -163,19 +167,35 @@ def size_note(job: Job, rows: list[Row]) -> str:
     )
 
 
+def robust_scores(rows: list[Row]) -> list[str]:
+    """Label- and augmentation-robust scores of the configured network's rows, as far as they are there."""
+    found = {row.name: row.micro_mean for row in rows if not row.network}
+    lines = []
+    if {"full", "condensed", "condensed_soft", "random_soft"} <= found.keys():
+        value = label_robust_score(found["full"], found["condensed"], found["condensed_soft"], found["random_soft"])
+        lines.append(f"Label-robust score (0 ... 100, no gain over random at 26.9 or below): {value:.1f}")
+    if {"condensed", "random", "condensed_plain", "random_plain"} <= found.keys():
+        value = augmentation_robust_score(
+            found["condensed"], found["random"], found["condensed_plain"], found["random_plain"]
+        )
+        lines.append(f"Augmentation-robust score (0 ... 100, no gain over random at 26.9): {value:.1f}")
+    return lines
+
+
 def write(job: Job, run: RunFolder, rows: list[Row]) -> None:
     """report.json, report.md and report.html."""
     cfg, note = job.cfg, size_note(job, rows)
     value = {
         "dataset": cfg.data_name, "multilabel": cfg.multilabel, "select": cfg.evaluation.select,
         "origin": job.origin, "documents": len(job.train), "corpus_bytes": job.train.nbytes,
-        "note": note, "rows": [row.as_dict() for row in rows],
+        "note": note, "robust_scores": robust_scores(rows), "rows": [row.as_dict() for row in rows],
     }  # fmt: skip
     atomic_write(run.folder / "report.json", json.dumps(value, indent=1).encode())
     title = f"{cfg.data_name}, {cfg.condense.ipc} samples per class; {cfg.evaluation.steps} steps a student."
     blocks: list[Block] = [Paragraph(title), table(rows, cfg.multilabel), Paragraph(note)]
     if cfg.evaluation.select == "best_test":
         blocks.insert(1, Paragraph("**Papers' protocol: every student's best state on the TEST set.**"))
+    blocks += [Paragraph(line) for line in robust_scores(rows)]
     if "condensed" in cfg.evaluation.rows:
         folder = source(job, "condensed", seeds_of(job, "condensed")[0])
         curve = folder / "images" / "loss_curve.png"

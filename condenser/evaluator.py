@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -14,11 +14,9 @@ from utils.metrics import best_threshold, probabilities, score
 from utils.sampling import training_batch
 from utils.streams import generator
 
-ROWS = ("full", "condensed", "mean_matching", "initial", "random", "herding", "k_center", "tfidf_full", "tfidf_random",
-        "condensed_soft", "random_soft")  # fmt: skip
 RowName = Literal[
     "full", "condensed", "mean_matching", "initial", "random", "herding", "k_center", "tfidf_full", "tfidf_random",
-    "condensed_soft", "random_soft",
+    "condensed_soft", "random_soft", "condensed_plain", "random_plain",
 ]  # fmt: skip
 
 
@@ -40,7 +38,7 @@ class EvaluationConfig(FitConfig):
     def check(self) -> "EvaluationConfig":
         """At least one row."""
         if not self.rows:
-            raise ValueError(f"rows: at least one of {', '.join(ROWS)}")
+            raise ValueError(f"rows: at least one of {', '.join(get_args(RowName))}")
         return self
 
 
@@ -58,6 +56,35 @@ class TrainingSet(Protocol):
     def input(self, samples: Tensor, device: torch.device) -> Any: ...
 
     def batch(self, samples: Tensor, device: torch.device) -> tuple[Any, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some samples [n] of a training set, as a set of its own."""
+
+    whole: TrainingSet
+    samples: Tensor
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Of these samples [n]."""
+        return self.whole.lengths[self.samples]
+
+    @property
+    def targets(self) -> Tensor:
+        """Of these samples [n, C]."""
+        return self.whole.targets[self.samples]
+
+    def input(self, samples: Tensor, device: torch.device) -> Any:
+        """What a network reads of samples of the part."""
+        return self.whole.input(self.samples[samples], device)
+
+    def batch(self, samples: Tensor, device: torch.device) -> tuple[Any, Tensor]:
+        """Samples of the part with their targets."""
+        return self.whole.batch(self.samples[samples], device)
 
 
 Augment = Callable[[Any, Tensor, torch.Generator], tuple[Any, Tensor]]  # of a batch and its targets

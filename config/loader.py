@@ -27,6 +27,7 @@ from config.schema import (
 __all__ = ["ConfigError", "LocalPath", "ModelPath", "Resolved", "Section", "add_args_from_yaml", "flatten"]
 
 T = TypeVar("T", bound=Section)
+S = TypeVar("S", bound=Section, covariant=True)
 
 _WORDS = {
     "bool_type": "true or false",
@@ -44,10 +45,10 @@ _WORDS = {
 
 
 @dataclass(frozen=True)
-class Resolved(Generic[T]):
+class Resolved(Generic[S]):
     """A configuration, and for every leaf's dotted key the place its value came from."""
 
-    config: T
+    config: S
     sources: dict[str, str]
 
 

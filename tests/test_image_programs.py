@@ -24,7 +24,8 @@ CONFIG = {
         "save_every": 12, "checkpoint_every": 3, "aug_type": "color_crop_cutout", "refresh": 2,
     },
     "evaluation": {
-        "steps": 6, "repeat": 2, "rows": ["full", "condensed", "initial", "random", "herding", "condensed_soft"],
+        "steps": 6, "repeat": 2,
+        "rows": ["full", "condensed", "initial", "random", "herding", "condensed_soft", "condensed_plain"],
         "cutmix": 0.5, "architectures": ["mlp"],
     },
 }  # fmt: skip
@@ -98,13 +99,23 @@ def test_a_learned_set_can_be_loaded_as_a_start(lab: Lab) -> None:
 
 def test_evaluation_has_a_row_for_every_set_and_architecture_and_shows_the_images(lab: Lab) -> None:
     done = wait(start(lab.words("evaluate_script", "base", ranks=2)))
-    (path,) = (lab.folder / "base").rglob("report.json")
+    (path,) = (lab.folder / "base" / "condense" / "evaluate").rglob("report.json")
     rows = [(row["name"], row["network"]) for row in json.loads(path.read_text())["rows"]]
     names = CONFIG["evaluation"]["rows"]  # type: ignore[index]
     assert rows == [(name, network) for network in ("", "mlp") for name in names]
     assert "accuracy" in done.out and "threshold" not in done.out
     pictures = {picture.name for picture in path.parent.glob("images/*.png")}
     assert pictures == {"images_before.png", "images_after.png"}
+
+
+def test_classes_in_stages_are_learned_from_what_is_kept(lab: Lab) -> None:
+    more = ("continual.stages=2", "continual.orders=2", "continual.rows=[condensed,random]")
+    done = wait(start(lab.words("continual_script", "base", *more)))
+    assert "5 classes" in done.out and "10 classes" in done.out
+    (path,) = (lab.folder / "base" / "condense" / "continual").rglob("report.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows) == ["condensed", "random"]
+    assert [point[0] for point in rows["condensed"]] == [5, 10]
 
 
 @pytest.mark.parametrize(
