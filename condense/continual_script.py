@@ -94,17 +94,7 @@ def train_stages(cfg: ContinualConfig, job: ImageJob, run: RunFolder, flag: Stop
         net = job.fresh(cfg.seed, "continual student", order, stage)
         stream, device = (cfg.seed, "continual student", order * c.stages + stage), job.world.device
         memory = of_classes(arms.get(row, cfg.seed).data, seen)
-        train_student(
-            net,
-            memory,
-            cfg.evaluation,
-            cfg.evaluation.steps,
-            False,
-            device,
-            stream,
-            step,
-            job.augmenter(teachers=False),
-        )
+        train_student(net, memory, cfg.evaluation, cfg.evaluation.steps, False, device, stream, step, augment)
         test = of_classes(job.test, seen)
         hit = logits_of(net, test, job.parts(test), device).argmax(1) == test.targets.argmax(1)
         value = {"accuracy": 100 * float(hit.float().mean()), "classes": len(seen)}

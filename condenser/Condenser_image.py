@@ -122,6 +122,8 @@ class Condenser(ClassCondenser):
         half = self.settings.real_precision == "bfloat16"
         for i in self.world.share([float(len(part)) for part in parts]):
             x = self.match_view(self.images.input(samples[parts[i]], self.device).to(features.dtype))
+            if self.settings.compile:  # compiled kernels want the channels last, plain ones of group norm do not
+                x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                 features[:, parts[i]] = self.real_network(x).features.to(features.dtype)
         return self.world.sum(features) if self.world.size > 1 else features

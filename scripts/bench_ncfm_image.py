@@ -6,9 +6,9 @@
 The plain loop is what the method's description says, class by class: augmented real images forward, decoded and
 augmented synthetic ones forward, a projection each for cosine and sine, the textbook loss, a step of the whole tensor;
 then calibration likewise. Same weights, images, augmentation, frequencies, dtype, threads, optimiser and allocator on
-both sides; teachers frozen, real side without gradient. First the two are compared in float64. `bf16` computes the real
-side in bfloat16 through torch.compile. `exact` draws teacher, images and view at every iteration; `cached` has the real
-side of its state at hand, as with `teacher_states: n` after the first n draws.
+both sides; teachers frozen, real side without gradient. First the two are compared in float64. `compiled` computes the
+real side through torch.compile, `bf16` so and in bfloat16. `exact` draws teacher, images and view at every iteration;
+`cached` has the real side of its state at hand, as with `teacher_states: n` after the first n draws.
 """
 
 if __name__ == "__main__":  # thread settings count only before torch is imported
@@ -60,11 +60,11 @@ class Shapes:
     budget: int
 
 
-SMALL = Shapes(128, 32, 10, 256, 10, 1024, 256)
+SMALL = Shapes(128, 32, 10, 1024, 10, 4096, 256)
 TINY = Shapes(8, 8, 3, 6, 2, 32, 16)
 
 
-def make(shapes: Shapes, world: World, dtype: torch.dtype, half: bool = False) -> Condenser:
+def make(shapes: Shapes, world: World, dtype: torch.dtype, half: bool = False, compiled: bool = False) -> Condenser:
     """Our condenser on random images and random networks of these shapes."""
     s = shapes
     gen = generator(0, "benchmark images")
@@ -77,7 +77,7 @@ def make(shapes: Shapes, world: World, dtype: torch.dtype, half: bool = False) -
     bank = TeacherBank(*([{k: v.detach().clone() for k, v in trainable(net).items()}] for net in nets))
     settings = ImageCondenseConfig(
         niter=1, ipc=s.ipc, num_premodel=1, teacher_model_epoch=1, num_freqs=s.freqs, image_budget=s.budget,
-        real_precision="bfloat16" if half else "float32", compile=half,
+        real_precision="bfloat16" if half else "float32", compile=compiled,
     )  # fmt: skip
     c = Condenser(
         nclass_list=[list(range(s.classes))], device=world.device, settings=settings, images=images.to(world.device),
@@ -133,7 +133,7 @@ def compare(world: World) -> float:
 
 def start(side: str, shapes: Shapes, world: World) -> Side:
     """A side on its condenser, the images' optimiser being gradient descent with momentum."""
-    c = make(shapes, world, torch.float32, half=side == "bf16")
+    c = make(shapes, world, torch.float32, half=side == "bf16", compiled=side in ("compiled", "bf16"))
     c.prepare(0)
     optimizer = make_optimizer(c.data, OptimizationConfig(optimizer="sgd", lr_img=0.01), 1e-6)
     return plain_side(c, optimizer) if side == "plain" else ours(c, optimizer)
@@ -172,7 +172,7 @@ def main() -> int:
         if len(args.classes) > 1:
             cost_of_classes(args.classes, shapes, world)
             return 0
-        names = (*SIDES, "bf16") if bf16_is_quick(device) else SIDES
+        names = (*SIDES, "compiled", "bf16") if bf16_is_quick(device) else (*SIDES, "compiled")
         rounds(args.rounds, {side: start(side, shapes, world) for side in names})
         if "bf16" not in names:
             print("bf16: not applicable, the processor has no bfloat16 instructions")

@@ -3,8 +3,9 @@
 import gzip
 import io
 import pickle
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ SUBSETS = {
     "n04146614 n03530642 n02129165 n01773157 n01531178",
 }  # fmt: skip
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+DAMAGE = (  # what parsers raise on bytes that are not theirs
+    OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError, RuntimeError,
+    pickle.UnpicklingError, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,12 @@ class RawSplit:
 
 @dataclass(frozen=True)
 class RawImages:
-    """A data set as it was read."""
+    """A data set as it was read; `val` where it has one of its own."""
 
     classes: tuple[str, ...]
     train: RawSplit
     test: RawSplit
+    val: RawSplit | None = None
 
 
 class SafeUnpickler(pickle.Unpickler):
@@ -65,7 +71,18 @@ class SafeUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_images(name: str, folder: Path | None, size: int) -> RawImages:
+@contextmanager
+def reading(path: Path, kind: str, *more: type[Exception]) -> Iterator[None]:
+    """Damage of any sort, and the exceptions `more`, become a ConfigError that names the file."""
+    expected: tuple[type[Exception], ...] = (*DAMAGE, *more)
+    try:
+        yield
+    except expected as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{path}: not {kind} ({reason[:120]}): fetch it again or remove it") from error
+
+
+def read_images(name: str, folder: Path | None) -> RawImages:
     """The data set `name` in `folder`; digits needs none. Raises ConfigError for what is absent or damaged."""
     if name == "digits":
         return read_digits()
@@ -78,8 +95,12 @@ def read_images(name: str, folder: Path | None, size: int) -> RawImages:
         "svhn": read_svhn, "tinyimagenet": read_tiny,
     }  # fmt: skip
     if name in readers:
-        return readers[name](folder)
-    return read_folders(folder, SUBSETS[name].split() if name in SUBSETS else None)
+        found = readers[name](folder)
+    else:
+        found = read_folders(folder, SUBSETS[name].split() if name in SUBSETS else None)
+    if not len(found.test.labels):
+        raise ConfigError(f"dataset.data_dir: {folder} holds no test images of {name}")
+    return found
 
 
 def read_digits() -> RawImages:
@@ -98,152 +119,158 @@ def read_digits() -> RawImages:
 
 
 def find(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The files of those names in `folder` or in a folder below it. Raises ConfigError naming the absent one."""
-    for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-        if all((place / name).is_file() for name in names):
-            return [place / name for name in names]
-    raise ConfigError(f"dataset.data_dir: {folder} holds no {names[0]}" + f" to {names[-1]}" * (len(names) > 1))
+    """The files of those names in `folder` or in a folder below it. Raises ConfigError naming those absent."""
+    places = (folder, *sorted(p for p in folder.iterdir() if p.is_dir()))
+    absent = {place: [name for name in names if not (place / name).is_file()] for place in places}
+    best = min(places, key=lambda place: len(absent[place]))
+    if absent[best]:
+        raise ConfigError(f"dataset.data_dir: {best} holds no {', '.join(absent[best])}: name the folder of the files")
+    return [best / name for name in names]
 
 
-def unpickle(path: Path) -> dict[str, Any]:
-    """One of CIFAR's files."""
-    try:
-        value = SafeUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise ConfigError(f"{path}: not a file of CIFAR ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a file of CIFAR: fetch it again")
-    return value
-
-
-def cifar_split(paths: Sequence[Path], key: str) -> RawSplit:
-    """Images and labels of CIFAR's files."""
-    parts = [unpickle(path) for path in paths]
-    for path, part in zip(paths, parts, strict=True):
-        if not {"data", key} <= part.keys() or np.shape(part["data"])[1:] != (3072,):
-            raise ConfigError(f"{path}: holds no data of 3072 bytes an image with {key}: fetch it again")
-    images = torch.from_numpy(np.concatenate([part["data"] for part in parts])).view(-1, 3, 32, 32)
-    return RawSplit(images, torch.tensor([label for part in parts for label in part[key]]))
+def fitting(images: Tensor, labels: Tensor, nclass: int) -> tuple[Tensor, Tensor]:
+    """Images [N, C, H, W] uint8 with labels [N] of `nclass` classes. Raises ValueError if they are not that."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+        raise ValueError(f"images {images.dtype} {list(images.shape)} with labels {list(labels.shape)}")
+    if labels.dtype != torch.long or any(not 0 <= label < nclass for label in labels.unique().tolist()):
+        raise ValueError(f"labels other than 0 ... {nclass - 1}")
+    return images, labels
 
 
 def read_cifar10(folder: Path) -> RawImages:
     """CIFAR-10's official pickles."""
-    train = find(folder, [f"data_batch_{i}" for i in range(1, 6)])
-    names = unpickle(train[0].with_name("batches.meta"))["label_names"]
-    return RawImages(
-        tuple(names), cifar_split(train, "labels"), cifar_split([train[0].with_name("test_batch")], "labels")
-    )
+    meta, test, *train = find(folder, ["batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))])
+    return read_cifar(meta, train, test, "label_names", "labels")
 
 
 def read_cifar100(folder: Path) -> RawImages:
     """CIFAR-100's official pickles, fine labels."""
-    train, test, meta = find(folder, ["train", "test", "meta"])
-    names = tuple(unpickle(meta)["fine_label_names"])
-    return RawImages(names, cifar_split([train], "fine_labels"), cifar_split([test], "fine_labels"))
+    meta, test, train = find(folder, ["meta", "test", "train"])
+    return read_cifar(meta, [train], test, "fine_label_names", "fine_labels")
 
 
-def idx_array(folder: Path, stem: str) -> Tensor:
-    """A tensor in MNIST's IDX format, gzipped or not."""
-    plain = [p for p in (folder / stem, folder / f"{stem}.gz", *folder.glob(f"*/{stem}*")) if p.is_file()]
-    if not plain:
-        raise ConfigError(f"dataset.data_dir: {folder} holds no {stem} or {stem}.gz")
-    path = plain[0]
-    raw = path.read_bytes()
-    try:
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
-        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy())
-    except (OSError, EOFError, ValueError, IndexError) as error:
-        raise ConfigError(f"{path}: not an IDX file ({error}): fetch it again") from error
+def read_cifar(meta: Path, train: Sequence[Path], test: Path, names: str, key: str) -> RawImages:
+    """Files of either CIFAR, with the keys of its class names and of its labels."""
+
+    def split(path: Path) -> tuple[Tensor, Tensor]:
+        with reading(path, "a file of CIFAR"):
+            part = unpickle(path)
+            images = torch.from_numpy(np.array(part["data"])).reshape(-1, 3, 32, 32)
+            return fitting(images, torch.tensor(part[key]), len(classes))
+
+    with reading(meta, "a file of CIFAR"):
+        classes = tuple(map(str, unpickle(meta)[names]))
+    images, labels = (torch.cat(parts) for parts in zip(*map(split, train), strict=True))
+    return RawImages(classes, RawSplit(images, labels), RawSplit(*split(test)))
+
+
+def unpickle(path: Path) -> dict[str, Any]:
+    """One of CIFAR's files. Raises what a damaged pickle may."""
+    value = SafeUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    if not isinstance(value, dict):
+        raise ValueError(f"holds a {type(value).__name__}")
+    return value
 
 
 def read_idx(folder: Path) -> RawImages:
     """MNIST or Fashion-MNIST."""
-    parts = [
-        RawSplit(
-            idx_array(folder, f"{p}-images-idx3-ubyte")[:, None], idx_array(folder, f"{p}-labels-idx1-ubyte").long()
-        )
-        for p in ("train", "t10k")
-    ]
-    return RawImages(tuple(map(str, range(10))), *parts)
+
+    def split(part: str) -> RawSplit:
+        images = idx_array(folder, f"{part}-images-idx3-ubyte", 3)[:, None]
+        labels = idx_array(folder, f"{part}-labels-idx1-ubyte", 1).long()
+        with reading(folder, f"a fitting pair of {part} images and labels"):
+            return RawSplit(*fitting(images, labels, 10))
+
+    return RawImages(tuple(map(str, range(10))), split("train"), split("t10k"))
+
+
+def idx_array(folder: Path, stem: str, ndim: int) -> Tensor:
+    """A uint8 tensor of `ndim` dimensions in MNIST's IDX format, gzipped or not. Raises ConfigError."""
+    found = [p for p in (folder / stem, folder / f"{stem}.gz", *folder.glob(f"*/{stem}*")) if p.is_file()]
+    if not found:
+        raise ConfigError(f"dataset.data_dir: {folder} holds no {stem} or {stem}.gz")
+    with reading(found[0], "an IDX file"):
+        raw = found[0].read_bytes()
+        raw = gzip.decompress(raw) if found[0].suffix == ".gz" else raw
+        if raw[:4] != bytes((0, 0, 8, ndim)):  # 8: unsigned bytes
+            raise ValueError(f"begins with {raw[:4].hex()}")
+        shape = np.frombuffer(raw, ">u4", count=ndim, offset=4)
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy())
 
 
 def read_svhn(folder: Path) -> RawImages:
     """SVHN's cropped digits, whose label 10 is the digit 0."""
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
-    parts = []
-    for path in find(folder, ["train_32x32.mat", "test_32x32.mat"]):
-        found = loadmat(path)
-        images = torch.from_numpy(found["X"].transpose(3, 2, 0, 1).copy())
-        parts.append(RawSplit(images, torch.from_numpy(found["y"][:, 0].astype(np.int64)) % 10))
-    return RawImages(tuple(map(str, range(10))), *parts)
+    def split(path: Path) -> RawSplit:
+        with reading(path, "a file of SVHN", MatReadError):
+            found = loadmat(path)
+            labels = torch.from_numpy(found["y"].astype(np.int64)).flatten()
+            images = torch.from_numpy(found["X"].transpose(3, 2, 0, 1).copy())
+            return RawSplit(*fitting(images, labels.where(labels != 10, 0), 10))
+
+    train, test = find(folder, ["train_32x32.mat", "test_32x32.mat"])
+    return RawImages(tuple(map(str, range(10))), split(train), split(test))
 
 
 def read_tiny(folder: Path) -> RawImages:
     """Tiny-ImageNet, with its validation part as test; classes are those of wnids.txt that have images."""
-    (listed,) = find(folder, ["wnids.txt"])
-    root = listed.parent
-    wnids = [w for w in listed.read_text().split() if (root / "train" / w).is_dir()]
+    listed, words, notes = find(folder, ["wnids.txt", "words.txt", "val/val_annotations.txt"])
+    files: dict[str, list[Path]] = {}
+    with reading(listed, "a list of classes"):
+        for wnid in listed.read_text("utf-8").split():
+            files[wnid] = pictures(listed.parent / "train" / wnid / "images")
+    wnids = [wnid for wnid in files if files[wnid]]
     if not wnids:
-        raise ConfigError(f"{listed}: none of its classes has a folder in {root / 'train'}")
-    words = dict(line.split("\t", 1) for line in (root / "words.txt").read_text().splitlines() if "\t" in line)
-    notes = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines() if line]
-    test = [(root / "val" / "images" / file, wnids.index(wnid)) for file, wnid in notes if wnid in wnids]
-    train = [(path, c) for c, w in enumerate(wnids) for path in sorted((root / "train" / w / "images").iterdir())]
-    names = tuple(words.get(w, w).split(",")[0] for w in wnids)
-    return RawImages(names, listed_split(train), listed_split(test))
+        raise ConfigError(f"dataset.data_dir: {listed.parent}/train holds no images of the classes of {listed.name}")
+    with reading(words, "a list of names"):
+        names = dict(line.split("\t", 1) for line in words.read_text("utf-8").splitlines() if line)
+    with reading(notes, "a list of images and classes"):
+        rows = [line.split("\t") for line in notes.read_text("utf-8").splitlines() if line]
+        test = [(notes.parent / "images" / row[0], wnids.index(row[1])) for row in rows if row[1] in wnids]
+    for path, _ in test:
+        if not path.is_file():
+            raise ConfigError(f"{path}: absent, but {notes.name} lists it: fetch it again or remove its line")
+    train = [(path, c) for c, wnid in enumerate(wnids) for path in files[wnid]]
+    classes = tuple(names.get(wnid, wnid).split(",")[0] for wnid in wnids)
+    return RawImages(classes, listed_split(train), listed_split(test))
 
 
 def read_folders(folder: Path, wanted: Sequence[str] | None) -> RawImages:
-    """One folder a class under train/ and under val/ or test/; `wanted` names the classes, else all are taken."""
-    train = folder / "train"
-    held_out = folder / ("test" if (folder / "test").is_dir() else "val")
-    for part in (train, held_out):
-        if not part.is_dir():
-            raise ConfigError(f"dataset.data_dir: {folder} holds no {part.name}/ with a folder of images a class")
-    names = list(wanted or sorted(p.name for p in train.iterdir() if p.is_dir()))
-    absent = [name for name in names if not (train / name).is_dir()]
-    if absent or not names:
-        raise ConfigError(f"dataset.data_dir: {train} holds no folder {absent[0] if absent else 'of a class'}")
-    parts = [
-        [(p, c) for c, n in enumerate(names) for p in sorted((part / n).glob("*")) if p.suffix.lower() in IMAGES]
-        for part in (train, held_out)
-    ]
-    return RawImages(tuple(names), listed_split(parts[0]), listed_split(parts[1]))
+    """One folder a class under train/ and under val/ or test/ (with both, val/ is for validation).
+
+    `wanted` names the classes, else all are taken.
+    """
+    inside = {part: class_folders(folder / part) for part in ("train", "val", "test")}
+    held_out = [part for part in ("test", "val") if inside[part]]  # ImageNet's own test/ has no classes
+    for part in ("train", *(held_out[:1] or ["val"])):
+        if not inside[part]:
+            raise ConfigError(f"dataset.data_dir: {folder} holds no {part}/ with a folder of images a class")
+    names = list(wanted or inside["train"])
+    splits = {}
+    for part in ("train", *held_out):
+        files = {name: pictures(folder / part / name) for name in names}
+        for name in names:
+            if not files[name]:
+                raise ConfigError(f"dataset.data_dir: {folder / part} holds no images of class {name}")
+        unknown = [name for name in inside[part] if name not in names]
+        if unknown and not wanted:
+            raise ConfigError(f"dataset.data_dir: {folder / part} holds class {unknown[0]}, which train/ does not")
+        splits[part] = listed_split([(path, c) for c, name in enumerate(names) for path in files[name]])
+    return RawImages(tuple(names), splits["train"], splits[held_out[0]], splits["val"] if len(held_out) > 1 else None)
+
+
+def class_folders(part: Path) -> list[str]:
+    """Names of the folders in a part's folder, sorted; hidden ones are not classes."""
+    return sorted(p.name for p in part.glob("[!.]*") if p.is_dir())
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The image files in a folder, sorted."""
+    return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in IMAGES)
 
 
 def listed_split(items: Sequence[tuple[Path, int]]) -> RawSplit:
     """Files and their labels."""
     return RawSplit(tuple(path for path, _ in items), torch.tensor([label for _, label in items], dtype=torch.long))
-
-
-def decode_files(paths: Sequence[Path], size: int) -> Tensor:
-    """Colour images [N, 3, size, size] uint8: the shorter side brought to `size`, the centre cut out."""
-
-    def one(path: Path) -> Tensor:
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise ConfigError(f"{path}: cannot be read as an image: remove it or fetch it again") from error
-        return fit_size(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None], size)[0]
-
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(one, paths))
-    return torch.stack(found) if found else torch.zeros(0, 3, size, size, dtype=torch.uint8)
-
-
-def fit_size(images: Tensor, size: int) -> Tensor:
-    """Images [N, C, H, W] uint8 with the shorter side resized (antialiased) to `size` and the centre cut out."""
-    height, width = images.shape[-2:]
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        target = (max(size, round(height * scale)), max(size, round(width * scale)))
-        images = torch.nn.functional.interpolate(
-            images.float(), target, mode="bilinear", antialias=True, align_corners=False
-        ).round().clamp(0, 255).to(torch.uint8)  # fmt: skip
-    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
-    return images[..., top : top + size, left : left + size]

@@ -1,16 +1,19 @@
 """Image data as tensors: bytes in memory (or files), read by sample id as normalised batches."""
 
 import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import interpolate, one_hot
 
 from config import ConfigError, LocalPath, Section
-from utils.image_readers import RawSplit, decode_files, fit_size, read_images
+from utils.image_readers import RawSplit, read_images, reading
 from utils.streams import generator
 
 
@@ -23,7 +26,7 @@ class ImageDatasetConfig(Section):
     data_dir: LocalPath | None = None
     load_memory: bool = True  # decode all files at the start; false: when they are drawn
     batch_real: int = Field(256, ge=1)
-    val_fraction: float = Field(0.1, gt=0, lt=0.5)  # of train
+    val_fraction: float = Field(0.1, gt=0, lt=0.5)  # of train, where the data set has no validation part
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class ImageSet:
 
     def members(self) -> list[Tensor]:
         """Sample ids of every class."""
-        return [(self.labels == c).nonzero().flatten() for c in range(self.targets.shape[1])]
+        labels = self.labels
+        return [(labels == c).nonzero().flatten() for c in range(self.targets.shape[1])]
 
     def to(self, device: torch.device) -> "ImageSet":
         """The same images on `device`, where they are in memory."""
@@ -111,7 +115,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class ImageCorpus:
-    """A data set ready for use; `val` is cut from train."""
+    """A data set ready for use."""
 
     classes: tuple[str, ...]
     train: ImageSet
@@ -122,32 +126,32 @@ class ImageCorpus:
 
 def load_images(config: ImageDatasetConfig) -> ImageCorpus:
     """The data set, resized, with a stratified validation part. Raises ConfigError."""
-    raw = read_images(config.dataset, config.data_dir, config.size)
+    raw = read_images(config.dataset, config.data_dir)
     if len(raw.classes) != config.nclass:
         raise ConfigError(f"dataset.nclass: {config.nclass}, but {config.dataset} has {len(raw.classes)} classes")
     counts = raw.train.labels.bincount(minlength=config.nclass)
     if int(counts.min()) < 2:
         name = raw.classes[int(counts.argmin())]
         raise ConfigError(f"dataset: class {name} has {int(counts.min())} training images; 2 are the least")
-    kept, held = stratified(raw.train.labels, config.val_fraction)
-    images = [in_memory(part, config) for part in (raw.train, raw.test)]
-    normaliser = measure(take(images[0], kept), config.size)
+    parts = [in_memory(part, config) for part in (raw.train, raw.val, raw.test) if part is not None]
+    if raw.val is None:
+        whole = parts[0]
+        parts[:1] = [
+            RawSplit(take(whole.images, which), whole.labels[which])
+            for which in stratified(whole.labels, config.val_fraction)
+        ]
+    normaliser = measure(parts[0].images, config.size)
     train, val, test = (
-        ImageSet(part, one_hot(labels, config.nclass).float(), config.size, normaliser)
-        for part, labels in (
-            (take(images[0], kept), raw.train.labels[kept]),
-            (take(images[0], held), raw.train.labels[held]),
-            (images[1], raw.test.labels),
-        )
+        ImageSet(part.images, one_hot(part.labels, config.nclass).float(), config.size, normaliser) for part in parts
     )
     return ImageCorpus(raw.classes, train, val, test, fingerprint((train, val, test)))
 
 
-def in_memory(part: RawSplit, config: ImageDatasetConfig) -> Tensor | tuple[Path, ...]:
+def in_memory(part: RawSplit, config: ImageDatasetConfig) -> RawSplit:
     """Images of the wanted size, or their files with `load_memory: false`."""
     if isinstance(part.images, Tensor):
-        return fit_size(part.images, config.size)
-    return decode_files(part.images, config.size) if config.load_memory else part.images
+        return RawSplit(fit_size(part.images, config.size), part.labels)
+    return RawSplit(decode_files(part.images, config.size), part.labels) if config.load_memory else part
 
 
 def take(images: Tensor | tuple[Path, ...], which: Tensor) -> Tensor | tuple[Path, ...]:
@@ -171,8 +175,12 @@ def measure(images: Tensor | tuple[Path, ...], size: int) -> Normaliser:
     """Mean and deviation of the channels; of at most 2,000 files, evenly spaced."""
     if not isinstance(images, Tensor):
         images = decode_files(images[:: -(-len(images) // 2000)], size)
-    values = images.transpose(0, 1).flatten(1).double() / 255
-    return Normaliser(values.mean(1).float(), values.std(1).clamp_min(1e-3).float())
+    # From the counts of the 256 levels: exact, and without a float copy of the images.
+    counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(images.shape[1])]).double()
+    levels, total = torch.arange(256).double() / 255, counts.sum(1)
+    mean = counts @ levels / total
+    variance = (counts * (levels - mean[:, None]) ** 2).sum(1) / (total - 1)
+    return Normaliser(mean.float(), variance.sqrt().clamp_min(1e-3).float())
 
 
 def fingerprint(parts: tuple[ImageSet, ...]) -> str:
@@ -185,3 +193,34 @@ def fingerprint(parts: tuple[ImageSet, ...]) -> str:
         else:
             digest.update("".join(f"{path.name}{path.stat().st_size}" for path in part.images).encode())
     return digest.hexdigest()[:16]
+
+
+def decode_files(paths: Sequence[Path], size: int) -> Tensor:
+    """Colour images [N, 3, size, size] uint8: the shorter side brought to `size`, the centre cut out."""
+    from PIL import Image
+
+    def one(path: Path) -> Tensor:
+        with reading(path, "an image", SyntaxError, Image.DecompressionBombError), Image.open(path) as file:
+            pixels = np.array(file.convert("RGB"))
+        return fit_size(torch.from_numpy(pixels).permute(2, 0, 1)[None], size)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(one, paths))
+    return torch.stack(found) if found else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+
+
+def fit_size(images: Tensor, size: int) -> Tensor:
+    """Images [N, C, H, W] uint8 with the shorter side resized (antialiased) to `size` and the centre cut out."""
+    height, width = images.shape[-2:]
+    if min(height, width) != size:
+        scale = size / min(height, width)
+        target = (max(size, round(height * scale)), max(size, round(width * scale)))
+        images = torch.cat([resize(part, target) for part in images.split(4096)])  # float values are four times as long
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def resize(images: Tensor, target: tuple[int, int]) -> Tensor:
+    """Images [N, C, H, W] uint8 at `target` height and width, antialiased."""
+    found = interpolate(images.float(), target, mode="bilinear", antialias=True, align_corners=False)
+    return found.round().clamp(0, 255).to(torch.uint8)
