@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from condense.job import OPTIONS as COMMON
@@ -13,7 +13,7 @@ from condenser.evaluator import EvaluationConfig, StudentScore, TrainingSet
 from condenser.synthetic_image import image_grid, samples_per_image, student_view
 from condenser.synthetic_set import SyntheticSet, checked, load_synthetic
 from config import ConfigError, Option
-from utils.augment import Augmenter, operations
+from utils.augment import Augmenter, BatchAugmentConfig
 from utils.ddp import World
 from utils.image_networks import ImageNetworkConfig, NetType, image_network
 from utils.report import Block, Heading, Picture
@@ -23,33 +23,14 @@ from utils.utils_image import ImageCorpus, ImageDatasetConfig, load_images
 OPTIONS = (*COMMON, Option("aug_type", "condense.aug_type", "value", "augmentation of both sides of the matching"))
 
 
-class ImagePretrainConfig(PretrainConfig):
+class ImagePretrainConfig(PretrainConfig, BatchAugmentConfig):
     """How image teachers are trained."""
 
-    aug_type: str = "none"  # of every image on its own
-    cutmix: float = Field(0.0, ge=0, le=1)  # probability
 
-    @field_validator("aug_type")
-    @classmethod
-    def known(cls, value: str) -> str:
-        """Every operation exists."""
-        operations(value)
-        return value
+class ImageEvaluationConfig(EvaluationConfig, BatchAugmentConfig):
+    """Students of images, the same for all rows."""
 
-
-class ImageEvaluationConfig(EvaluationConfig):
-    """Students of images."""
-
-    aug_type: str = "none"  # of every image on its own, the same for all rows
-    cutmix: float = Field(0.0, ge=0, le=1)  # probability
     architectures: tuple[NetType, ...] = ()  # further students, beside those of network.net_type
-
-    @field_validator("aug_type")
-    @classmethod
-    def known(cls, value: str) -> str:
-        """Every operation exists."""
-        operations(value)
-        return value
 
     @model_validator(mode="after")
     def check_rows(self) -> "ImageEvaluationConfig":
@@ -129,7 +110,7 @@ class ImageJob(Job):
     def augmenter(self, teachers: bool) -> Augmenter | None:
         """What teachers or students do to their batches."""
         settings = self.cfg.pretrain if teachers else self.cfg.evaluation
-        return Augmenter(settings.aug_type, settings.cutmix)
+        return Augmenter(settings.aug_type, settings.cutmix, settings.mixup)
 
     def class_costs(self) -> list[float]:
         """Images of every class."""

@@ -16,6 +16,7 @@ from utils.augment import (
     SATURATION,
     Augmentation,
     Augmenter,
+    BatchAugmentConfig,
     cutmix,
     draw_augmentation,
     mixup,
@@ -134,7 +135,7 @@ def test_beta_shares_have_beta_s_moments() -> None:
 
 def test_an_augmenter_without_operations_changes_nothing() -> None:
     x, targets = images(), torch.eye(4)
-    same, labels = Augmenter("none", 0.0)(x, targets, gen())
+    same, labels = Augmenter("none")(x, targets, gen())
     assert torch.equal(same, x) and labels is targets
 
 
@@ -147,3 +148,11 @@ def test_views_are_of_the_raw_pixels() -> None:
 def test_an_unknown_operation_is_one_line_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="cutuot is not one of .*did you mean 'cutout'"):
         draw_augmentation("crop_cutuot", 1, gen())
+
+
+def test_a_batch_is_mixed_in_one_way_only() -> None:
+    with pytest.raises(ValueError, match="set one to 0"):
+        BatchAugmentConfig(cutmix=0.5, mixup=0.2)
+    x, targets = images(), torch.eye(4, dtype=torch.float64)
+    mixed, labels = Augmenter("none", mixup=1.0)(x, targets, gen())
+    torch.testing.assert_close(mixed, torch.einsum("ij,jchw->ichw", labels, x))

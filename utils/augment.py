@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, field_validator, model_validator
 from torch import Generator, Tensor
 
-from config import ConfigError
+from config import ConfigError, Section
 from config.schema import nearest
 
 COLOUR = ("color", "brightness", "saturation", "contrast")
@@ -178,14 +179,39 @@ def views(x: Tensor, mode: str) -> list[Tensor]:
     raise ConfigError(f"view: {mode} is not one of none, hflip, shift")
 
 
+class BatchAugmentConfig(Section):
+    """What a training batch goes through; a base of the sections that train on images."""
+
+    aug_type: str = "none"  # of every image on its own
+    cutmix: float = Field(0.0, ge=0, le=1)  # probability; the share of the other image is uniform
+    mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution of shares; 0 = off
+
+    @field_validator("aug_type")
+    @classmethod
+    def known(cls, value: str) -> str:
+        """Every operation exists."""
+        operations(value)
+        return value
+
+    @model_validator(mode="after")
+    def one_mixture(self) -> "BatchAugmentConfig":
+        """CutMix or MixUp, not both."""
+        if self.cutmix and self.mixup:
+            raise ValueError(f"mixup: {self.mixup} and cutmix: {self.cutmix} both mix images; set one to 0")
+        return self
+
+
 @dataclass(frozen=True)
 class Augmenter:
-    """What a training batch goes through: `aug_type` for every image on its own, then CutMix with a probability."""
+    """`aug_type` for every image of a batch on its own, then CutMix or MixUp."""
 
     aug_type: str
-    cutmix: float
+    cutmix: float = 0.0
+    mixup: float = 0.0
 
     def __call__(self, x: Tensor, targets: Tensor, gen: Generator) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] and targets [B, C], augmented by numbers of the stream."""
         x = draw_augmentation(self.aug_type, len(x), gen)(x)
+        if self.mixup:
+            return mixup(x, targets, gen, self.mixup)
         return cutmix(x, targets, gen, beta=1.0, probability=self.cutmix) if self.cutmix else (x, targets)
