@@ -26,6 +26,10 @@ def parameters(net: nn.Module) -> int:
         ({}, 320_010),  # the ConvNet of Zhao et al. at 3 x 32 x 32
         ({"net_type": "resnet18", "norm_type": "batch"}, 11_173_962),
         ({"net_type": "lenet"}, 62_006),
+        ({"net_type": "alexnet"}, 1_872_202),
+        ({"net_type": "mlp"}, 3072 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10),
+        ({"net_type": "resnet18_ap", "norm_type": "batch"}, 11_173_962),  # pooling has no weights
+        ({"net_type": "resnet10_ap", "norm_type": "batch"}, 4_903_242),
         ({"net_type": "vgg11", "norm_type": "none"}, 9_220_480 + 512 * 10 + 10),  # torchvision's vgg11().features
     ],
 )
