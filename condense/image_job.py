@@ -51,16 +51,6 @@ class ImageConfig(JobConfig):
     evaluation: ImageEvaluationConfig
 
     @property
-    def data_name(self) -> str:
-        """Name of the data set."""
-        return self.dataset.dataset
-
-    @property
-    def nclass(self) -> int:
-        """Number of its classes."""
-        return self.dataset.nclass
-
-    @property
     def multilabel(self) -> bool:
         """An image has one class."""
         return False

@@ -17,6 +17,7 @@ from config import ConfigError, LocalPath, Option, Resolved, Section
 from config.loader import flatten
 from utils.augment import Augmenter
 from utils.checkpoint import atomic_write
+from utils.data_config import DataConfig
 from utils.ddp import World, assign, distribute_class, kept_classes
 from utils.report import Block
 from utils.run_folder import log, short_hash
@@ -45,7 +46,7 @@ NOT_SCORE = ("rows", "repeat", "seeds", "which", "select", "probe_every", "archi
 class JobConfig(Section):
     """The question that a run asks; every section is declared beside its reader."""
 
-    dataset: Section  # of the modality, as are the next and `condense`
+    dataset: DataConfig  # of the modality, as are the next and `condense`
     network: Section
     pretrain: PretrainConfig
     optimization: OptimizationConfig
@@ -71,12 +72,12 @@ class JobConfig(Section):
     @property
     def data_name(self) -> str:
         """Name of the data set."""
-        raise NotImplementedError
+        return self.dataset.dataset
 
     @property
     def nclass(self) -> int:
         """Number of its classes."""
-        raise NotImplementedError
+        return self.dataset.nclass
 
     @property
     def multilabel(self) -> bool:

@@ -31,16 +31,6 @@ class TextConfig(JobConfig):
     condense: CondenseConfig
 
     @property
-    def data_name(self) -> str:
-        """Name of the corpus."""
-        return self.dataset.dataset
-
-    @property
-    def nclass(self) -> int:
-        """Number of its classes."""
-        return self.dataset.nclass
-
-    @property
     def multilabel(self) -> bool:
         """Whether a document may have several labels."""
         return self.dataset.is_multilabel

@@ -12,21 +12,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
-from config import ConfigError, LocalPath, Section
+from config import ConfigError
+from utils.data_config import DataConfig
 from utils.image_readers import RawSplit, read_images, reading
 from utils.streams import generator
 
 
-class ImageDatasetConfig(Section):
-    """Which images, and how many of a class are drawn at once."""
+class ImageDatasetConfig(DataConfig):
+    """Which images."""
 
-    dataset: str
-    nclass: int = Field(ge=2)
     size: int = Field(ge=8)  # pixels of a side
-    data_dir: LocalPath | None = None
-    load_memory: bool = True  # decode all files at the start; false: when they are drawn
-    batch_real: int = Field(256, ge=1)
-    val_fraction: float = Field(0.1, gt=0, lt=0.5)  # of train, where the data set has no validation part
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from config import ConfigError, LocalPath, Section
+from config import ConfigError
 from utils.corpus import Corpus, Split, with_validation
+from utils.data_config import DataConfig
 from utils.encoder import TextInput
 from utils.text_readers import read_corpus
 
 log = logging.getLogger("distill_lab")
 
 
-class DatasetConfig(Section):
-    """Which documents, and how many of a class are drawn at once."""
+class DatasetConfig(DataConfig):
+    """Which documents."""
 
-    dataset: str
-    nclass: int = Field(ge=2)
-    data_dir: LocalPath | None = None
-    load_memory: bool = True  # keep all token ids on the device; false: send every batch from the host
-    batch_real: int = Field(256, ge=1)
     is_multilabel: bool = True
-    val_fraction: float = Field(0.1, gt=0, lt=0.5)  # of train, where the data set has no validation part
 
 
 @dataclass(frozen=True)
