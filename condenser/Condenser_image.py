@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from condenser.compute_loss_image import compute_calib_loss, compute_match_loss
 from condenser.matching import ClassCondenser, MatchConfig, Rows
-from condenser.synthetic_image import DecodeType, decode, initial_class, samples_per_image
+from condenser.synthetic_image import DecodeType, check_decoding, decode, initial_class, samples_per_image
 from condenser.synthetic_set import SyntheticSet, checked, load_synthetic
 from config import ConfigError
 from utils.augment import draw_augmentation, operations
@@ -58,8 +58,7 @@ class Condenser(ClassCondenser):
         dataset: str,
     ) -> None:
         """`images`: the real ones; the rest as in ClassCondenser."""
-        if images.size % settings.factor:
-            raise ConfigError(f"condense.factor: {settings.factor} must divide dataset.size: {images.size}")
+        check_decoding(images.size, settings.factor, settings.decode_type)
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in networks[0].modules()):
             raise ConfigError(
                 "network.norm_type: batch: its statistics would mix the classes of a pass; condense with instance, "

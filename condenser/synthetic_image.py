@@ -3,32 +3,46 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from condenser.synthetic_set import SyntheticSet
+from config import ConfigError
 from utils.checkpoint import atomic_write
 from utils.utils_image import ImageSet, Normaliser
 
 DecodeType = Literal["single", "multi"]
 
 
+def tiles_a_side(factor: int, kind: DecodeType) -> tuple[int, ...]:
+    """Tiles a side of every cut of a stored image."""
+    return (factor,) if kind == "single" else tuple(range(1, factor + 1))
+
+
 def samples_per_image(factor: int, kind: DecodeType) -> int:
     """Training samples that one stored image stands for."""
-    return factor**2 if kind == "single" else sum(f**2 for f in range(1, factor + 1))
+    return sum(f**2 for f in tiles_a_side(factor, kind))
+
+
+def check_decoding(size: int, factor: int, kind: DecodeType) -> None:
+    """Raises ConfigError unless images of `size` pixels a side can be cut into equal tiles."""
+    for f in tiles_a_side(factor, kind):
+        if size % f:
+            cuts = "" if kind == "single" else f" (decode_type: multi cuts by every number up to {factor})"
+            raise ConfigError(f"condense.factor: {f} must divide dataset.size: {size}{cuts}")
 
 
 def decode(data: Tensor, factor: int, kind: DecodeType) -> Tensor:
     """Images [N, C, H, W] -> samples [N * samples_per_image, C, H, W], those of an image side by side.
 
     single: the factor x factor tiles, brought to full size; multi: those of 1, 2 ... factor tiles a side (Kim et al.,
-    IDC, 2022).
+    IDC, 2022). Raises ConfigError where tiles do not divide the side.
     """
-    sides = (factor,) if kind == "single" else range(1, factor + 1)
-    parts = [tiles(data, f) for f in sides]  # [N, f * f, C, H, W]
+    check_decoding(data.shape[-1], factor, kind)
+    parts = [tiles(data, f) for f in tiles_a_side(factor, kind)]  # [N, f * f, C, H, W]
     return torch.cat(parts, 1).flatten(0, 1)
 
 
@@ -89,9 +103,16 @@ class SyntheticImages:
 
 
 def student_view(found: SyntheticSet, normaliser: Normaliser) -> SyntheticImages:
-    """Decode a synthetic set of pixels by its own notes; every sample has its image's labels."""
-    factor = int(found.meta.get("factor", 1))
-    kind: DecodeType = "multi" if found.meta.get("decode_type") == "multi" else "single"
+    """Decode a synthetic set of pixels by its own notes; every sample has its image's labels.
+
+    Raises ConfigError for notes that cannot be followed; without notes an image is one sample.
+    """
+    factor, named = found.meta.get("factor", 1), found.meta.get("decode_type", "single")
+    if not isinstance(factor, int) or factor < 1:
+        raise ConfigError(f"synthetic set: its factor is {factor!r}, which must be an integer of at least 1")
+    if named not in get_args(DecodeType):
+        raise ConfigError(f"synthetic set: its decode_type is {named!r}, not one of {', '.join(get_args(DecodeType))}")
+    kind: DecodeType = "multi" if named == "multi" else "single"
     data = normaliser(decode(found.data, factor, kind))
     return SyntheticImages(data, found.targets.repeat_interleave(samples_per_image(factor, kind), 0))
 

@@ -14,6 +14,7 @@ from utils.augment import (
     CROP,
     ROTATE,
     SATURATION,
+    SCALE,
     Augmentation,
     Augmenter,
     BatchAugmentConfig,
@@ -48,12 +49,29 @@ def test_one_draw_does_the_same_to_both_halves() -> None:
 def test_parameters_come_from_the_stream_and_do_not_depend_on_the_other_operations() -> None:
     few, many = draw_augmentation("crop", 1, gen()), draw_augmentation(ALL, 1, gen())
     assert torch.equal(few.numbers["crop"], many.numbers["crop"])
+    assert torch.equal(few.numbers["crop"], draw_augmentation("crop", 1, gen()).numbers["crop"])
     assert not torch.equal(few.numbers["crop"], draw_augmentation("crop", 1, gen(1)).numbers["crop"])
 
 
 def test_images_of_a_batch_can_have_their_own_parameters() -> None:
     x = images(1).expand(5, -1, -1, -1)
     assert len({row.sum().item() for row in draw_augmentation("color", 5, gen())(x)}) == 5
+
+
+def test_published_strategies_take_one_of_their_alternatives_for_the_whole_batch() -> None:
+    x, counts = images(3), {"crop": 0, "scale": 0, "rotate": 0}
+    for number in range(120):
+        view = draw_augmentation("flip_crop/scale/rotate", 3, gen(number))
+        assert view.names[0] == "flip" and len(view.names) == 2
+        counts[view.names[1]] += 1
+        alone = draw_augmentation("_".join(view.names), 3, gen(number))
+        assert torch.equal(view(x), alone(x))
+    assert min(counts.values()) > 20
+
+
+def test_alternatives_may_hold_all_of_colour() -> None:
+    found = {draw_augmentation("color/cutout", 1, gen(number)).names for number in range(20)}
+    assert found == {("brightness", "saturation", "contrast"), ("cutout",)}
 
 
 def test_brightness_saturation_and_contrast_are_their_closed_forms() -> None:
@@ -93,10 +111,30 @@ def test_a_turn_takes_a_point_where_trigonometry_says() -> None:
     assert abs(column - (32 + 20 * math.cos(angle))) < 1 and abs(abs(row - 32) - 20 * math.sin(angle)) < 1
 
 
+def test_scale_stretches_each_side_by_its_own_factor() -> None:
+    place = (torch.arange(32, dtype=torch.float64) + 0.5) / 16 - 1  # of pixel centres, -1 ... 1
+    x = torch.stack([place.expand(32, 32), place[:, None].expand(32, 32)])[None]  # its x, its y
+    found = only("scale", 0.2, 0.9)(x)[..., 8:24, 8:24]
+    across, down = (1 / SCALE + u * (SCALE - 1 / SCALE) for u in (0.2, 0.9))
+    torch.testing.assert_close(found[0, 0], across * x[0, 0, 8:24, 8:24])
+    torch.testing.assert_close(found[0, 1], down * x[0, 1, 8:24, 8:24])
+
+
+def test_a_turn_is_grid_sample_by_the_rotation_matrix() -> None:
+    x = images(2)
+    angle = math.radians(0.4 * ROTATE)
+    cos, sin = math.cos(angle), math.sin(angle)
+    matrix = torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]], dtype=torch.float64).expand(2, -1, -1)
+    grid = torch.nn.functional.affine_grid(matrix, [2, 3, 16, 16], align_corners=False)
+    expected = torch.nn.functional.grid_sample(x, grid, align_corners=False)
+    torch.testing.assert_close(only("rotate", 0.7)(x), expected)
+
+
 def test_cutout_empties_a_square_of_half_a_side() -> None:
     x = torch.ones(1, 3, 16, 16, dtype=torch.float64)
     empty = only("cutout", 0.5, 0.5)(x) == 0
     assert empty[0, 0].sum() == 64 and torch.equal(empty[0, 0], empty[0, 2])
+    assert (only("cutout", 0.0, 0.999)(x) == 0)[0, 0].sum() == 16  # in a corner: a quarter of the square
 
 
 @pytest.mark.parametrize("name", sorted(APPLY))
@@ -142,12 +180,22 @@ def test_an_augmenter_without_operations_changes_nothing() -> None:
 def test_views_are_of_the_raw_pixels() -> None:
     x = images()
     assert [torch.equal(a, b) for a, b in zip(views(x, "hflip"), (x, x.flip(3)), strict=True)] == [True, True]
-    assert len(views(x, "shift")) == 5 and views(x, "none")[0] is x
+    assert views(x, "none")[0] is x
+    here, *moved = views(x, "shift")
+    assert torch.equal(here, x)
+    for view, dy, dx in zip(moved, (1, -1, 0, 0), (0, 0, 1, -1), strict=True):  # pixels go down, up, right, left
+        assert torch.equal(view[..., 1:-1, 1:-1], x.roll((dy, dx), (2, 3))[..., 1:-1, 1:-1])
+    assert torch.equal(moved[0][..., 0, :], x[..., 0, :]) and torch.equal(moved[3][..., -1], x[..., -1])
+
+
+def test_an_unknown_view_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="tenfold is not one of none, hflip, shift"):
+        views(images(), "tenfold")
 
 
 def test_an_unknown_operation_is_one_line_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="cutuot is not one of .*did you mean 'cutout'"):
-        draw_augmentation("crop_cutuot", 1, gen())
+    with pytest.raises(ConfigError, match="'cutuot' is not one of .*did you mean 'cutout'"):
+        draw_augmentation("crop/cutuot", 1, gen())
 
 
 def test_a_batch_is_mixed_in_one_way_only() -> None:

@@ -14,7 +14,8 @@ from condenser.synthetic_image import (
     samples_per_image,
     student_view,
 )
-from condenser.synthetic_set import SyntheticSet
+from condenser.synthetic_set import Note, SyntheticSet
+from config import ConfigError
 from utils.streams import generator
 from utils.utils_image import ImageSet, Normaliser
 
@@ -82,6 +83,27 @@ def test_a_student_reads_decoded_normalised_samples_with_their_image_s_label() -
     x, targets = view.batch(torch.tensor([0, 7]), torch.device("cpu"))
     torch.testing.assert_close(x, flat(torch.tensor([0.0, 2.0])))
     assert len(view) == 8 and torch.equal(targets, torch.eye(2))
+
+
+def test_a_set_without_notes_is_read_as_it_is() -> None:
+    found = SyntheticSet(torch.rand(2, 3, 8, 8), torch.eye(2), torch.arange(2))
+    assert torch.equal(student_view(found, Normaliser(torch.zeros(3), torch.ones(3))).data, found.data)
+
+
+@pytest.mark.parametrize(
+    ("meta", "part"),
+    [
+        ({"factor": 3}, "factor: 3 must divide dataset.size: 8"),
+        ({"factor": 4, "decode_type": "multi"}, "factor: 3 must divide .* every number up to 4"),
+        ({"factor": "two"}, "factor is 'two'"),
+        ({"factor": 0}, "at least 1"),
+        ({"factor": 2, "decode_type": "bound"}, "'bound', not one of single, multi"),
+    ],
+)
+def test_notes_that_cannot_be_followed_are_one_line(meta: dict[str, Note], part: str) -> None:
+    found = SyntheticSet(torch.rand(2, 3, 8, 8), torch.eye(2), torch.arange(2), None, meta)
+    with pytest.raises(ConfigError, match=part):
+        student_view(found, Normaliser(torch.zeros(3), torch.ones(3)))
 
 
 def test_the_picture_has_a_row_a_class(tmp_path: Path) -> None:

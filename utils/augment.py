@@ -22,15 +22,18 @@ BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 CROP, CUTOUT, SCALE, ROTATE = 0.125, 0.5, 1.2, 15.0
 
 
-def operations(strategy: str) -> tuple[str, ...]:
-    """The operations that `strategy`, as in color_crop_cutout, names; `none` is none. Raises ConfigError."""
-    names = tuple(name for name in strategy.split("_") if name not in ("", "none"))
-    wrong = [name for name in names if name not in OPERATIONS]
+def operations(strategy: str) -> tuple[tuple[str, ...], ...]:
+    """The steps that `strategy` names, each with its alternatives; `none` is none. Raises ConfigError.
+
+    color_crop is both; color_crop/scale is colour, and one of crop and scale for the whole batch.
+    """
+    steps = tuple(tuple(step.split("/")) for step in strategy.split("_") if step not in ("", "none"))
+    wrong = [name for step in steps for name in step if name not in OPERATIONS]
     if wrong:
         raise ConfigError(
-            f"augmentation: {wrong[0]} is not one of {', '.join(OPERATIONS)}{nearest(wrong[0], OPERATIONS)}"
+            f"augmentation: '{wrong[0]}' is not one of {', '.join(OPERATIONS)}{nearest(wrong[0], OPERATIONS)}"
         )
-    return names
+    return steps
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,12 @@ class Augmentation:
 
 def draw_augmentation(strategy: str, count: int, gen: Generator) -> Augmentation:
     """An augmentation for `count` images, or with 1 the same for any number of them (Siamese)."""
-    names = operations(strategy)
-    if "color" in names:
-        names = (*COLOUR[1:], *(name for name in names if name not in COLOUR))
+    steps = operations(strategy)
     # All operations are drawn whatever the strategy names, so that naming one more changes no other.
     numbers = {name: torch.rand(count, 3, generator=gen) for name in OPERATIONS[1:]}
+    names = tuple(s[0] if len(s) == 1 else s[int(torch.randint(len(s), (1,), generator=gen))] for s in steps)
+    if "color" in names:
+        names = (*COLOUR[1:], *(name for name in names if name not in COLOUR))
     return Augmentation(names, numbers)
 
 
@@ -169,20 +173,24 @@ def beta_draw(a: float, gen: Generator) -> float:
 
 
 def views(x: Tensor, mode: str) -> list[Tensor]:
-    """Test-time views of raw pixels [B, C, H, W], whose logits are averaged: none, hflip, or shift (five places)."""
+    """Test-time views of raw pixels [B, C, H, W], whose logits are averaged: none, hflip, or shift.
+
+    shift: the image and its four shifts by a pixel, the border repeated.
+    """
     if mode == "none":
         return [x]
     if mode == "hflip":
         return [x, x.flip(3)]
     if mode == "shift":
-        return [x, *(x.roll(step, axis) for axis in (2, 3) for step in (-1, 1))]
+        (height, width), wide = x.shape[2:], F.pad(x, (1, 1, 1, 1), mode="replicate")
+        return [wide[..., i : i + height, j : j + width] for i, j in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))]
     raise ConfigError(f"view: {mode} is not one of none, hflip, shift")
 
 
 class BatchAugmentConfig(Section):
     """What a training batch goes through; a base of the sections that train on images."""
 
-    aug_type: str = "none"  # of every image on its own
+    aug_type: str = "none"  # of every image on its own, as in color_flip_crop/scale: `/` for one of them a batch
     cutmix: float = Field(0.0, ge=0, le=1)  # probability; the share of the other image is uniform
     mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution of shares; 0 = off
 
