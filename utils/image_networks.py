@@ -16,6 +16,7 @@ from utils.streams import stream_seed
 NetType = Literal["convnet", "resnet18", "resnet18_ap", "resnet10_ap", "vgg11", "alexnet", "mlp", "lenet"]
 NormType = Literal["instance", "batch", "group", "layer", "none"]
 WITHOUT_NORM = ("alexnet", "mlp", "lenet")
+GROUPS = 4  # of norm_type: group (Zhao et al. 2021)
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "sigmoid": nn.Sigmoid, "gelu": nn.GELU, "swish": nn.SiLU,
 }  # fmt: skip
@@ -33,9 +34,17 @@ class ImageNetworkConfig(Section):
 
     @model_validator(mode="after")
     def check(self) -> "ImageNetworkConfig":
-        """A norm only where there is one."""
+        """What the network does not read stands at its default; groups have equal widths."""
         if self.net_type in WITHOUT_NORM and self.norm_type not in ("none", "instance"):
             raise ValueError(f"norm_type: {self.norm_type}, but {self.net_type} has no norm layers; set none")
+        if self.net_type != "convnet" and self.activation != "relu":
+            raise ValueError(f"activation: {self.activation}, but {self.net_type} has its own; set relu")
+        if self.net_type != "convnet" and self.pooling != "avg":
+            raise ValueError(f"pooling: {self.pooling}, but {self.net_type} has its own; set avg")
+        if self.net_type == "convnet" and self.norm_type == "group" and self.width % GROUPS:
+            raise ValueError(
+                f"width: {self.width} is not a multiple of the {GROUPS} groups of norm_type: group; round it"
+            )
         return self
 
 
@@ -45,10 +54,10 @@ class ImageNetwork(nn.Module):
     def __init__(self, blocks: list[nn.Module], join: nn.Module, channels: int, size: int, nclass: int) -> None:
         super().__init__()
         self.blocks, self.join = nn.ModuleList(blocks), join
-        with torch.no_grad():
-            width = self.eval().get_feature_single(torch.zeros(1, channels, size, size)).shape[1]
-        self.train()
-        self.head = nn.Linear(width, nclass)
+        body = nn.Sequential(*blocks, join)
+        shapes = {name: t.to("meta") for name, t in body.state_dict().items()}
+        rows = torch.func.functional_call(body, shapes, torch.empty(2, channels, size, size, device="meta"))
+        self.head = nn.Linear(rows.shape[1], nclass)
 
     def layers(self, x: Tensor) -> list[Tensor]:
         """The map [B, C_l, H_l, W_l] after every block."""
@@ -71,10 +80,13 @@ class ImageNetwork(nn.Module):
 
 
 def norm(kind: NormType, channels: int) -> nn.Module:
-    """A norm layer. One group a channel is instance norm with learned scale, and keeps no running statistics."""
+    """A norm layer with a learned scale and shift a channel (the public ConvNet's layer norm has them a pixel).
+
+    One group a channel is InstanceNorm2d(affine=True), whose kernel on a CPU takes 1.3 to 2.6 times as long.
+    """
     if kind == "batch":
         return nn.BatchNorm2d(channels)
-    groups = {"instance": channels, "group": max(1, channels // 16), "layer": 1}
+    groups = {"instance": channels, "group": GROUPS, "layer": 1}
     return nn.GroupNorm(groups[kind], channels) if kind in groups else nn.Identity()
 
 
@@ -85,10 +97,14 @@ def image_network(
 
     Raises ConfigError where the images are too small for it.
     """
-    smallest = {"convnet": 1 if settings.pooling == "none" else 2**settings.depth, "vgg11": 32, "alexnet": 8, "mlp": 1}
-    limit = smallest.get(settings.net_type, 12 if settings.net_type == "lenet" else 8)
+    limit = smallest_size(settings, channels)
+    if size < limit and settings.net_type == "convnet" and settings.pooling != "none":
+        raise ConfigError(
+            f"network.depth: {settings.depth} needs images of {limit} pixels, dataset.size is {size}: "
+            f"lower the depth to {size.bit_length() - 1} or raise the size"
+        )
     if size < limit:
-        detail = f" with depth: {settings.depth}" if settings.net_type == "convnet" else ""
+        detail = "" if settings.net_type in WITHOUT_NORM else f" with norm_type: {settings.norm_type}"
         raise ConfigError(
             f"network.net_type: {settings.net_type}{detail} needs images of {limit} pixels, dataset.size is {size}: "
             "raise the size or take a smaller network"
@@ -100,11 +116,29 @@ def image_network(
         return ImageNetwork(blocks, join, channels, size, nclass)
 
 
+def smallest_size(s: ImageNetworkConfig, channels: int) -> int:
+    """Fewest pixels a side that leave every map a pixel, and two a side to instance norm, which turns one into 0."""
+    least = 2 if s.norm_type == "instance" else 1  # pixels a side of the last map before any pooling
+    return {
+        "convnet": least if s.pooling == "none" else 2**s.depth,
+        "resnet18": 8 * (least - 1) + 1,  # the last map has ceil(size / 8)
+        "resnet18_ap": 8 * least,  # and here floor(size / 8)
+        "resnet10_ap": 8 * least,
+        "vgg11": 28 if channels == 1 else 32,
+        "alexnet": 8,
+        "mlp": 1,
+        "lenet": 12 if channels == 1 else 16,
+    }[s.net_type]
+
+
 Parts = tuple[list[nn.Module], nn.Module]
 
 
 def convnet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
-    """Convolution, norm, activation, pooling by 2, `depth` times (Gidaris & Komodakis 2018, as in Zhao et al. 2021)."""
+    """Convolution, norm, activation, pooling by 2, `depth` times (Gidaris & Komodakis 2018, as in Zhao et al. 2021).
+
+    Grey images are not padded to 32 pixels: 28 become 14, 7, 3.
+    """
     pools = {"avg": nn.AvgPool2d(2), "max": nn.MaxPool2d(2), "none": nn.Identity()}
     act = ACTIVATIONS[s.activation]
     widths = [channels] + [s.width] * s.depth
@@ -118,13 +152,15 @@ def convnet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
 def resnet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
     """torchvision's ResNet with the stem for small images: a 3 x 3 convolution of stride 1 and no max pooling.
 
-    `_ap`: every convolution of stride 2 becomes one of stride 1 and an average pooling (Zhao et al. 2021).
+    `_ap`: every convolution of stride 2 becomes one of stride 1 and an average pooling (Zhao et al. 2021); the last
+    map is averaged (Kim et al., IDC, 2022), not flattened.
     """
     from torchvision.models.resnet import BasicBlock, ResNet
 
     counts = [1, 1, 1, 1] if s.net_type == "resnet10_ap" else [2, 2, 2, 2]
     whole: Any = ResNet(BasicBlock, counts, norm_layer=lambda width: norm(s.norm_type, width))
     stem = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's convolutions
     blocks: list[nn.Module] = [nn.Sequential(stem, whole.bn1, whole.relu)]
     for stage in (whole.layer1, whole.layer2, whole.layer3, whole.layer4):
         if s.net_type.endswith("_ap") and stage[0].conv1.stride == (2, 2):
@@ -137,19 +173,23 @@ def resnet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
 
 
 def vgg11(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
-    """The convolutions of VGG-11 with norms, the last map flattened into one linear layer (Zhao et al. 2021)."""
+    """torchvision's convolutions of VGG-11, the last map flattened into one linear layer (Zhao et al. 2021).
+
+    torchvision knows batch norm or none, and starts from normal weights where these are PyTorch's own, as published.
+    """
     blocks: list[nn.Module] = []
+    padding = 3 if channels == 1 else 1  # MNIST's 28 pixels become 32
     for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
         layers: list[nn.Module] = []
         for width in stage:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), norm(s.norm_type, width), nn.ReLU()]
-            channels = width
+            layers += [nn.Conv2d(channels, width, 3, padding=padding), norm(s.norm_type, width), nn.ReLU()]
+            channels, padding = width, 1
         blocks.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
     return blocks, nn.Flatten()
 
 
 def alexnet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
-    """AlexNet for small images (Zhao et al. 2021)."""
+    """AlexNet for small images (Zhao et al. 2021), grey ones not padded to 32 pixels."""
     return [
         nn.Sequential(nn.Conv2d(channels, 128, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
         nn.Sequential(nn.Conv2d(128, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
@@ -160,10 +200,12 @@ def alexnet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
 
 
 def mlp(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
-    """Two hidden layers."""
-    pixels = channels * size * size
-    layers = (nn.Flatten(), nn.Linear(pixels, s.width), nn.ReLU(), nn.Linear(s.width, s.width), nn.ReLU())
-    return [], nn.Sequential(*layers)
+    """Two hidden layers; as maps, they have one pixel."""
+    widths = [channels * size * size, s.width, s.width]
+    return [
+        nn.Sequential(nn.Flatten(), nn.Linear(a, b), nn.ReLU(), nn.Unflatten(1, (b, 1, 1)))
+        for a, b in zip(widths, widths[1:], strict=False)
+    ], nn.Flatten()
 
 
 def lenet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
@@ -173,7 +215,6 @@ def lenet(s: ImageNetworkConfig, channels: int, size: int) -> Parts:
         nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2)),
         nn.Sequential(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
     ]
-    with torch.no_grad():
-        maps = nn.Sequential(*blocks)(torch.zeros(1, channels, size, size))
-    join = nn.Sequential(nn.Flatten(), nn.Linear(maps.numel(), 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
+    side = ((size if channels == 1 else size - 4) // 2 - 4) // 2
+    join = nn.Sequential(nn.Flatten(), nn.Linear(16 * side**2, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
     return blocks, join
