@@ -256,3 +256,34 @@ def test_average_pooling_replaces_every_stride_of_a_resnet_ap() -> None:
     expected = F.relu(F.instance_norm(F.conv2d(inner, b, padding=1)) + F.instance_norm(direct))
     torch.testing.assert_close(maps[-1], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(net.join(maps[-1]), expected.mean((2, 3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [*({"net_type": kind} for kind in EVERY), {"norm_type": "batch"}])
+def test_the_later_blocks_turn_the_map_of_any_block_into_the_network_s_logits(settings: dict[str, Any]) -> None:
+    net, x = build(width=8, **settings), torch.randn(3, 3, 32, 32)
+    whole, maps = net(x), net.layers(x)
+    for layer_idx, expected in (*enumerate(maps, 1), (None, maps[-1])):
+        output, found = net.with_map(x, layer_idx)
+        torch.testing.assert_close((*output, found), (*whole, expected))
+        torch.testing.assert_close(net.from_map(found, layer_idx), whole.logits)
+
+
+def test_output_and_map_are_of_one_pass() -> None:
+    net, passes = build(width=8), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda *_: passes.append(1))
+    output, found = net.with_map(torch.randn(2, 3, 32, 32), 2)
+    assert len(passes) == 3
+    net.from_map(found, 2)
+    assert len(passes) == 4
+    (slope,) = torch.autograd.grad(output.logits.sum(), found)  # the logits are of this very map
+    assert slope.abs().sum() > 0
+
+
+@pytest.mark.parametrize("layer_idx", [-1, 0, 4])
+def test_a_block_that_the_network_lacks_is_one_line(layer_idx: int) -> None:
+    net, expected = build(width=8), f"feature.layer_idx: {layer_idx}, but the network has blocks 1 to 3: take one"
+    with pytest.raises(ConfigError, match=expected):
+        net.with_map(torch.randn(2, 3, 32, 32), layer_idx)
+    with pytest.raises(ConfigError, match=expected):
+        net.from_map(torch.randn(2, 8, 4, 4), layer_idx)

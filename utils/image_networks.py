@@ -78,6 +78,28 @@ class ImageNetwork(nn.Module):
         rows = self.get_feature_single(x)
         return Output(self.head(rows), rows[None])
 
+    def with_map(self, x: Tensor, layer_idx: int | None = None) -> tuple[Output, Tensor]:
+        """Output and, of the same pass, the map [B, C_l, H_l, W_l] after block `layer_idx` (1 = the first; None = the
+        last). Raises ConfigError."""
+        last, maps = self._block(layer_idx), self.layers(x)
+        rows = self.join(maps[-1])
+        return Output(self.head(rows), rows[None]), maps[last - 1]
+
+    def from_map(self, maps: Tensor, layer_idx: int | None = None) -> Tensor:
+        """Logits [B, C] of maps [B, C_l, H_l, W_l] as after block `layer_idx` (None = the last). Raises ConfigError."""
+        for block in self.blocks[self._block(layer_idx) :]:
+            maps = block(maps)
+        return self.head(self.join(maps))
+
+    def _block(self, layer_idx: int | None) -> int:
+        count = len(self.blocks)
+        if layer_idx is not None and not 1 <= layer_idx <= count:
+            raise ConfigError(
+                f"feature.layer_idx: {layer_idx}, but the network has blocks 1 to {count}: take one of them, or null "
+                "for the last"
+            )
+        return layer_idx or count
+
 
 def norm(kind: NormType, channels: int) -> nn.Module:
     """A norm layer with a learned scale and shift a channel (the public ConvNet's layer norm has them a pixel).
