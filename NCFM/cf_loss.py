@@ -31,6 +31,8 @@ class CFLossFunc:
     def embed(self, x: Tensor, t: Tensor) -> Tensor:
         """cos and sin of t.x side by side: features [..., B, D], frequencies [..., F, D] -> [..., B, 2F]."""
         angle = x @ t.mT
+        if angle.dtype == torch.bfloat16:  # too coarse for what follows
+            angle = angle.float()
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def distance(self, real: Tensor, syn: Tensor) -> Tensor:

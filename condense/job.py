@@ -10,8 +10,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from condenser.evaluator import EvaluationConfig, StudentScore, TrainingSet
-from condenser.loop import OptimizationConfig
-from condenser.matching import ClassCondenser, MatchConfig
+from condenser.matching import ClassCondenser, MatchConfig, OptimizationConfig
 from condenser.synthetic_set import SyntheticSet
 from config import ConfigError, LocalPath, Option, Resolved, Section
 from config.loader import flatten

@@ -9,15 +9,19 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from condenser.compute_loss_image import compute_calib_loss, compute_match_loss
-from condenser.matching import ClassCondenser, MatchConfig, Rows
+from condenser.matching import ClassCondenser, MatchConfig, Start
 from condenser.synthetic_image import DecodeType, check_decoding, decode, initial_class, samples_per_image
 from condenser.synthetic_set import SyntheticSet, checked, load_synthetic
 from config import ConfigError
+from NCFM.cf_loss import real_embedding
 from utils.augment import draw_augmentation, operations
 from utils.ddp import World
 from utils.streams import generator
 from utils.teachers import TeacherBank
 from utils.utils_image import ImageSet
+from utils.winograd import follow, with_winograd
+
+CACHED_FLOATS = 2**21  # of the largest map in a compiled pass on a CPU: maps that stay in its cache
 
 
 class ImageCondenseConfig(MatchConfig):
@@ -28,7 +32,7 @@ class ImageCondenseConfig(MatchConfig):
     aug_type: str = "color_crop_cutout"  # of real and synthetic images alike
     image_budget: int = Field(512, ge=1)  # images of one forward pass
     real_precision: Literal["float32", "bfloat16"] = "float32"  # of the real images' forward pass
-    compile: bool = False  # torch.compile for the real images' forward pass
+    compile: bool = False  # torch.compile, and on a CPU Winograd's convolution for real images in float32
 
     @field_validator("aug_type")
     @classmethod
@@ -70,7 +74,13 @@ class Condenser(ClassCondenser):
             nclass_list=nclass_list, device=device, settings=settings, samples=images, networks=networks, bank=bank,
             layers=1, width=head.in_features, batch_real=batch_real, seed=seed, world=world,
         )  # fmt: skip
-        self.real_network = torch.compile(self.model_interval) if settings.compile else self.model_interval
+        quick = settings.compile and self.device.type == "cpu" and settings.real_precision == "float32"
+        self.real_network: nn.Module = with_winograd(self.model_interval) if quick else self.model_interval
+        passes: list[Any] = [self.model_interval, self.model_final, self.real_network]
+        if settings.compile:
+            passes = [torch.compile(net, dynamic=False) for net in passes]
+        self.match_pass, self.calib_pass, self.real_pass = passes
+        self.embedding = torch.compile(real_embedding) if settings.compile else real_embedding
         self.match_view = self.calib_view = draw_augmentation("none", 1, generator(seed, "no view"))
 
     @property
@@ -78,7 +88,7 @@ class Condenser(ClassCondenser):
         """Deviation of the pixels: the unit of a relative learning rate."""
         return float(self.images.normaliser.std.mean())
 
-    def start(self) -> Rows:
+    def start(self) -> Start:
         """This rank's initial pixels [n, C, H, W] and targets [n, classes]."""
         s, images = self.settings, self.images
         shape = (images.channels, images.size, images.size)
@@ -94,7 +104,7 @@ class Condenser(ClassCondenser):
         targets = torch.eye(self.nclass)[self.classes].repeat_interleave(s.ipc, 0)
         return torch.cat(data), None, targets
 
-    def load_condensed_data(self, path: Path, shape: tuple[int, ...]) -> Rows:
+    def load_condensed_data(self, path: Path, shape: tuple[int, ...]) -> Start:
         """This rank's rows of a saved set. Raises ConfigError where they do not fit."""
         found = checked(load_synthetic(path), path, shape, self.nclass)
         which = self.loaded_rows(found.owner, path)
@@ -112,6 +122,7 @@ class Condenser(ClassCondenser):
     def draw_state(self, key: int) -> None:
         """Teacher state and augmentation number `key`: real and synthetic images meet the same numbers."""
         super().draw_state(key)
+        follow(self.real_network)
         self.match_view = draw_augmentation(self.settings.aug_type, 1, generator(self.seed, "view", key))
 
     def real_features(self, samples: Tensor) -> Tensor:
@@ -121,11 +132,24 @@ class Condenser(ClassCondenser):
         half = self.settings.real_precision == "bfloat16"
         for i in self.world.share([float(len(part)) for part in parts]):
             x = self.match_view(self.images.input(samples[parts[i]], self.device).to(features.dtype))
-            if self.settings.compile:  # compiled kernels want the channels last, plain ones of group norm do not
-                x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                features[:, parts[i]] = self.real_network(x).features.to(features.dtype)
+                features[:, parts[i]] = self.in_small_passes(x).to(features.dtype)
         return self.world.sum(features) if self.world.size > 1 else features
+
+    def in_small_passes(self, x: Tensor) -> Tensor:
+        """Features [1, B, D] of images [B, C, H, W]; compiled for a CPU in passes whose maps stay in its cache."""
+        if not self.settings.compile:
+            return self.real_pass(x).features
+        width = max((p.shape[0] for p in self.real_network.parameters() if p.ndim == 4), default=1)
+        small = max(1, CACHED_FLOATS // (width * x.shape[-1] ** 2))
+        size = small if self.device.type == "cpu" else self.settings.image_budget
+        padded = nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % size))
+        return torch.cat([self.real_pass(part).features for part in padded.split(size)], 1)[:, : len(x)]
+
+    def embed_real(self, features: Tensor, t: Tensor) -> Tensor:
+        """As in ClassCondenser, in the real side's precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.real_precision == "bfloat16"):
+            return self.embedding(features, t, self.loss_func).to(features.dtype)
 
     @property
     def samples_per_row(self) -> int:
@@ -144,13 +168,13 @@ class Condenser(ClassCondenser):
     def match_losses(self, x: Tensor, real: Tensor, t: Tensor) -> Tensor:
         """Matching loss [K] of the images in the view of the real ones."""
         x = self.match_view(x)
-        return compute_match_loss(self.model_interval, x, real, t, self.loss_func, self.settings.match_weight)
+        return compute_match_loss(self.match_pass, x, real, t, self.loss_func, self.settings.match_weight)
 
     def calib_losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Calibration loss [K]; every sample of an image has its labels."""
         targets = targets.repeat_interleave(self.samples_per_row, 0)
         x = self.calib_view(x)
-        return compute_calib_loss(self.model_final, x, targets, self.tile_size, self.settings.calib_weight)
+        return compute_calib_loss(self.calib_pass, x, targets, self.tile_size, self.settings.calib_weight)
 
     def assemble(self, data: Tensor, mask: Tensor | None, targets: Tensor) -> SyntheticSet:
         """The whole set from its parts, in class order."""

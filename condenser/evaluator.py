@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from utils.fit import FitConfig, fit, make_optimizer, predict
+from utils.fit import FitConfig, fit, make_optimizer, predict, supervised
 from utils.metrics import best_threshold, probabilities, score
 from utils.sampling import training_batch
 from utils.streams import generator
@@ -123,7 +123,8 @@ def train_student(
         x, y = train.input(which, device), targets[which].to(device)
         return augment(x, y, generator(stream[0], "augmentation", stream[2], step)) if augment else (x, y)
 
-    for step, _ in fit(net, batch, make_optimizer(net, settings), settings, range(steps), steps, multilabel, stream):
+    loss = supervised(net, batch, multilabel)
+    for step, _ in fit(net, loss, make_optimizer(net, settings), settings, range(steps), steps, stream):
         if on_step:
             on_step(step + 1)
     return net

@@ -1,11 +1,11 @@
-"""The condensation loop of every modality: step, log, score, save, resume."""
+"""The learning loop of every method: iterate, log, score, save, resume; ranks share out the rows that are learned."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from condenser.synthetic_set import SyntheticSet
 from config import ConfigError, Section
-from NCFM.sampling_net import SamplingNet
 from utils.checkpoint import load_pth, save_pth
 from utils.ddp import World, sync_distributed_metric
 from utils.progress import Progress
@@ -21,58 +20,31 @@ from utils.report import loss_curve
 from utils.run_folder import RunFolder, log
 from utils.stopping import StopFlag, Stopped
 
-ADAM = ("adam", "adamw")
-
-
-class OptimizationConfig(Section):
-    """How the synthetic data moves."""
-
-    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
-    lr_img: float = Field(gt=0)
-    mom_img: float = Field(0.5, ge=0, lt=1)  # momentum of sgd
-    lr_scale_adam: float = Field(0.1, gt=0)  # factor on lr_img for adam and adamw
-    weight_decay: float = Field(0.0, ge=0)
-    lr_relative: bool = True  # rates are in units of the data's own scale (text: deviation of the word table)
-    scheduler: Literal["cosine", "constant"] = "cosine"
-    lr_sampling_net: float = Field(1e-3, gt=0)
-
-    def rate(self, scale: float) -> float:
-        """The optimiser's learning rate for data of this scale."""
-        if self.optimizer in ADAM:  # a step is about lr, whatever the gradient
-            return self.lr_img * self.lr_scale_adam * (scale if self.lr_relative else 1.0)
-        return self.lr_img * (
-            scale**2 if self.lr_relative else 1.0
-        )  # x = scale u: du = lr dL/du is dx = lr scale^2 dL/dx
+NOT_CURVES = ("iteration", "scale_low", "scale_mean", "scale_high")
 
 
 class LoopConfig(Section):
     """Length and rhythm of the loop."""
 
     niter: int = Field(ge=0)
-    iter_calib: int = Field(1, ge=0)  # calibration steps an iteration
-    joint_step: bool = False  # one step on the sum of both losses instead of one step for each
     save_every: int = Field(200, ge=1)  # iterations between syn_data_*.pth
     checkpoint_every: int = Field(20, ge=1)  # iterations between states to resume from
     val_every: int = Field(0, ge=0)  # iterations between held-out scores; 0 = none, then best is last
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Sum of a loss over the classes of one rank, and their number."""
+class Rows:
+    """One learned tensor: this rank's rows, a leaf [n, ...], and who moves them."""
 
-    total: float
-    count: int
+    own: Tensor
+    optimizer: torch.optim.Optimizer
 
 
-class Problem(ABC):
-    """What a modality gives to the loop: its rows on this rank and their gradients."""
+class Learner(ABC):
+    """What a method gives to the loop: its learned rows on this rank, and an iteration on them."""
 
     settings: LoopConfig
     world: World
-    data: Tensor  # leaf [n, ...], this rank's rows
-    mask: Tensor | None  # of text
-    targets: Tensor
-    sampling: SamplingNet | None
 
     @property
     @abstractmethod
@@ -81,204 +53,132 @@ class Problem(ABC):
 
     @property
     @abstractmethod
-    def scale(self) -> float:
-        """Unit of a relative learning rate."""
+    def learned(self) -> dict[str, Rows]:
+        """The learned tensors by name."""
 
     @abstractmethod
-    def prepare(self, iteration: int) -> None:
-        """Get ready for an iteration."""
+    def iterate(self, done: int) -> dict[str, float]:
+        """Iteration number `done`: this rank's sums of what is logged, and under `count` what they are divided by."""
 
     @abstractmethod
-    def match(self) -> Losses:
-        """Add the matching gradient."""
+    def gather(self) -> SyntheticSet | None:
+        """The whole set on rank 0."""
 
-    @abstractmethod
-    def calibrate(self) -> Losses:
-        """Add the calibration gradient."""
+    def logged(self) -> dict[str, float]:
+        """What is logged besides, the same on every rank."""
+        return {}
 
-    @abstractmethod
-    def assemble(self, data: Tensor, mask: Tensor | None, targets: Tensor) -> SyntheticSet:
-        """The whole set from its gathered parts."""
+    def state(self) -> dict[str, Any]:
+        """What to resume from besides the rows, the same on every rank."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over a `state()`."""
+        return
 
 
 Score = Callable[[SyntheticSet], float]
 
 
-def condense_loop(
-    self: Problem,
-    optimization: OptimizationConfig,
-    run: RunFolder,
-    flag: StopFlag,
-    score: Score,
-    debug: bool = False,
-) -> dict[str, float]:
+def learning_loop(learner: Learner, run: RunFolder, flag: StopFlag, score: Score, debug: bool) -> dict[str, float]:
     """Learn the set, from the last state of the run folder if there is one; returns the final numbers.
 
-    Raises Stopped after a signal (with the state saved) and ConfigError when a loss is no longer finite.
+    Raises Stopped after a signal (with the state saved) and ConfigError when a logged sum is no longer finite.
     """
-    s, world = self.settings, self.world
-    optimizer = make_optimizer(self.data, optimization, optimization.rate(self.scale))
-    ascent = None
-    if self.sampling:
-        ascent = torch.optim.Adam(self.sampling.parameters(), lr=optimization.lr_sampling_net)
+    s, world = learner.settings, learner.world
     state_file = run.folder / "state.pth"
-    done, best = resume(self, optimizer, ascent, state_file)
+    done, best = resume(learner, state_file)
     run.rewind(done)
     if done == 0:
-        save_set(self, run.folder, "0")
+        save_set(learner, run.folder, "0")
     else:
         log.info(f"resumed at iteration {done} of {s.niter}")
     progress = Progress("condense", s.niter, done, world.main)
-    base = optimization.rate(self.scale)
     while done < s.niter:
-        self.prepare(done)
-        share = 0.5 * (1 + math.cos(math.pi * done / s.niter)) if optimization.scheduler == "cosine" else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = base * share
-        match, calib = iterate(self, optimizer, ascent)
+        own = learner.iterate(done)
         done += 1
-        sums = sync_distributed_metric(
-            {"match": match.total, "calib": calib.total, "count": match.count, "stop": float(flag.number)}
-        )
-        values = {
-            "iteration": done,
-            "match": sums["match"] / sums["count"],
-            "calib": sums["calib"] / sums["count"],
-        }
-        if not math.isfinite(sums["match"] + sums["calib"]):
+        sums = sync_distributed_metric({**own, "stop": float(flag.number)})
+        stop, count = int(sums.pop("stop")), sums.pop("count")
+        values = {"iteration": done, **{name: value / count for name, value in sums.items()}}
+        if not all(map(math.isfinite, sums.values())):
             raise ConfigError(
-                f"iteration {done}: the loss is not finite; the last saved state is kept: lower optimization.lr_img"
+                f"iteration {done}: the loss is not finite; the last saved state is kept: lower the learning rate of "
+                "what is learned (optimization.lr_img)"
             )
-        if self.sampling:
-            scales = self.sampling.scales().detach()
-            values |= {
-                "scale_low": float(scales.min()),
-                "scale_mean": float(scales.mean()),
-                "scale_high": float(scales.max()),
-            }
+        note = " ".join(f"{name} {values[name]:.3f}" for name in own if name != "count")
+        values |= learner.logged()
         last = done == s.niter
         if last or done % s.save_every == 0:
-            save_set(self, run.folder, str(done))
+            save_set(learner, run.folder, str(done))
         if s.val_every and (last or done % s.val_every == 0):
-            held_out = measure(self, run.folder, score, best)
+            held_out = measure(learner, run.folder, score, best)
             values["val_micro"], best = held_out, max(best, held_out)
         run.metric(**values)
-        progress.step(note=f"match {values['match']:.3f} calib {values['calib']:.3f}")
+        progress.step(note=note)
         if debug:
             log.debug(" ".join(f"{name} {value:.6g}" for name, value in values.items()))
-        stop = int(sums["stop"])
         if last or stop or done % s.checkpoint_every == 0:
-            save_state(self, optimizer, ascent, state_file, done, best)
+            save_state(learner, state_file, done, best)
         if stop:
             raise Stopped(max(world.gather_values(flag.number)))
     progress.close()
     if not s.val_every:
-        save_set(self, run.folder, "best")
+        save_set(learner, run.folder, "best")
     draw_curves(run)
     final = run.metrics()[-1] if world.main and s.niter else {}
     return {**final, "best_val_micro": best}
 
 
-def iterate(
-    self: Problem, optimizer: torch.optim.Optimizer, ascent: torch.optim.Optimizer | None
-) -> tuple[Losses, Losses]:
-    """One iteration: a step on each loss, or one on both."""
-    optimizer.zero_grad()
-    match = self.match()
-    if not self.settings.joint_step:
-        optimizer.step()
-        optimizer.zero_grad()
-    calib = Losses(0.0, match.count)
-    for i in range(self.settings.iter_calib):
-        calib = self.calibrate()
-        if not self.settings.joint_step or i + 1 == self.settings.iter_calib:
-            optimizer.step()
-            optimizer.zero_grad()
-    if self.settings.joint_step and not self.settings.iter_calib:
-        optimizer.step()
-    if ascent:
-        ascent.step()
-        ascent.zero_grad()
-    return match, calib
-
-
-def make_optimizer(data: Tensor, settings: OptimizationConfig, lr: float) -> torch.optim.Optimizer:
-    """The optimiser of the synthetic data."""
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD([data], lr=lr, momentum=settings.mom_img, weight_decay=settings.weight_decay)
-    # Second moments of a loss whose frequencies and teacher change at every step: a shorter memory than 0.999.
-    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind([data], lr=lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
-
-
-def gather(self: Problem) -> SyntheticSet | None:
-    """The whole set on rank 0."""
-    parts = (self.data, self.targets) if self.mask is None else (self.data, self.targets, self.mask)
-    whole = [part for part in (self.world.gather_rows(part, self.row_owners) for part in parts) if part is not None]
-    return self.assemble(whole[0], whole[2] if len(whole) > 2 else None, whole[1]) if whole else None
-
-
-def save_set(self: Problem, folder: Path, name: str) -> None:
+def save_set(learner: Learner, folder: Path, name: str) -> None:
     """Write distilled_data/syn_data_{name}.pth."""
-    whole = gather(self)
+    whole = learner.gather()
     if whole:
         whole.save(folder / "distilled_data" / f"syn_data_{name}.pth")
 
 
-def measure(self: Problem, folder: Path, score: Score, best: float) -> float:
+def measure(learner: Learner, folder: Path, score: Score, best: float) -> float:
     """Held-out score of the set as it is; kept as `best` if there was no better one. Same value on every rank."""
-    whole = gather(self)
+    whole = learner.gather()
     value = score(whole) if whole else 0.0
     if whole and value > best:
         whole.save(folder / "distilled_data" / "syn_data_best.pth")
-    return float(self.world.broadcast(value))
+    return float(learner.world.broadcast(value))
 
 
-def save_state(
-    self: Problem,
-    optimizer: torch.optim.Optimizer,
-    ascent: torch.optim.Optimizer | None,
-    path: Path,
-    done: int,
-    best: float,
-) -> None:
+def save_state(learner: Learner, path: Path, done: int, best: float) -> None:
     """One file for all ranks, from which any number of ranks can go on."""
-    moments = optimizer.state.get(self.data, {})
-    names = self.world.broadcast([(k, bool(v.ndim)) for k, v in moments.items() if isinstance(v, Tensor)])
-    rows = {"data": self.world.gather_rows(self.data, self.row_owners)}
-    for name, by_row in names:
-        own = moments[name] if moments else torch.zeros(0)
-        rows[f"moment {name}"] = self.world.gather_rows(own, self.row_owners) if by_row else own
-    if self.world.main:
-        state: dict[str, Any] = {"iteration": done, "best": best, "rows": rows}
-        if self.sampling and ascent:
-            state["sampling"], state["ascent"] = self.sampling.state_dict(), ascent.state_dict()
-        save_pth(path, state)
+    world, owners = learner.world, learner.row_owners
+    rows: dict[str, Tensor | None] = {}
+    for name, part in learner.learned.items():
+        moments = part.optimizer.state.get(part.own, {})
+        rows[name] = world.gather_rows(part.own, owners)
+        names = [(k, bool(v.ndim)) for k, v in moments.items() if isinstance(v, Tensor)]
+        for moment, by_row in world.broadcast(names):
+            own = moments[moment] if moments else torch.zeros(0)
+            rows[f"{name} moment {moment}"] = world.gather_rows(own, owners) if by_row else own
+    if world.main:
+        save_pth(path, {"iteration": done, "best": best, "rows": rows, **learner.state()})
 
 
-def resume(
-    self: Problem, optimizer: torch.optim.Optimizer, ascent: torch.optim.Optimizer | None, path: Path
-) -> tuple[int, float]:
+def resume(learner: Learner, path: Path) -> tuple[int, float]:
     """Load this rank's rows of the last state; returns (iterations done, best score)."""
-    if not self.world.broadcast(path.exists()):
+    if not learner.world.broadcast(path.exists()):
         return 0, -1.0
     state = load_pth(path)
-    own = self.row_owners[self.world.rank]
+    own = learner.row_owners[learner.world.rank]
     try:
         rows, done, best = state["rows"], int(state["iteration"]), float(state["best"])
-        whole = rows["data"]
-        if whole.shape != (sum(map(len, self.row_owners)), *self.data.shape[1:]):
-            raise KeyError("data of another shape")
-        with torch.no_grad():
-            self.data.copy_(whole[own])
-        if own:
-            for name, value in rows.items():
-                if name != "data":
-                    moment = value[own].to(self.data.device) if value.ndim else value
-                    optimizer.state[self.data][name.removeprefix("moment ")] = moment
-        if self.sampling and ascent:
-            self.sampling.load_state_dict(state["sampling"])
-            ascent.load_state_dict(state["ascent"])
+        for name, part in learner.learned.items():
+            whole = rows[name]
+            if whole.shape != (sum(map(len, learner.row_owners)), *part.own.shape[1:]):
+                raise KeyError(f"{name} of another shape")
+            with torch.no_grad():
+                part.own.copy_(whole[own])
+            for key, value in rows.items():
+                if own and key.startswith(f"{name} moment "):
+                    moment = value[own].to(part.own.device) if value.ndim else value
+                    part.optimizer.state[part.own][key.removeprefix(f"{name} moment ")] = moment
+        learner.load_state(state)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: not a state of this run ({error}): delete it, or start again with --overwrite"
@@ -291,7 +191,7 @@ def draw_curves(run: RunFolder) -> None:
     if not run.world.main:
         return
     lines = run.metrics()
-    names = [name for name in ("match", "calib", "val_micro") if any(name in line for line in lines)]
+    names = [name for name in dict.fromkeys(key for line in lines for key in line) if name not in NOT_CURVES]
     series = {name: [(int(line["iteration"]), line[name]) for line in lines if name in line] for name in names}
     if series:
         loss_curve(run.folder / "images" / "loss_curve.png", series, "iteration", "value")

@@ -1,5 +1,6 @@
 """Class-by-class matching of any modality: what a rank's classes are matched against, and their rows' gradients."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +11,49 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from condenser.loop import LoopConfig, Losses, Problem, condense_loop
-from config import ConfigError, LocalPath
+from condenser.loop import Learner, LoopConfig, Rows, Score, learning_loop
+from condenser.synthetic_set import SyntheticSet
+from config import ConfigError, LocalPath, Section
 from NCFM.cf_loss import CFLossFunc, Distance, MeanLossFunc, frequencies, real_embedding
 from NCFM.sampling_net import SamplingNet
 from utils.ddp import World
+from utils.run_folder import RunFolder
 from utils.sampling import ClassSampler
+from utils.stopping import StopFlag
 from utils.streams import generator
 from utils.teachers import TeacherBank, update_feature_extractor
+
+ADAM = ("adam", "adamw")
+
+
+class OptimizationConfig(Section):
+    """How the synthetic data moves."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
+    lr_img: float = Field(gt=0)
+    mom_img: float = Field(0.5, ge=0, lt=1)  # momentum of sgd
+    lr_scale_adam: float = Field(0.1, gt=0)  # factor on lr_img for adam and adamw
+    weight_decay: float = Field(0.0, ge=0)
+    lr_relative: bool = True  # rates are in units of the data's own scale (text: deviation of the word table)
+    scheduler: Literal["cosine", "constant"] = "cosine"
+    lr_sampling_net: float = Field(1e-3, gt=0)
+
+    def rate(self, scale: float) -> float:
+        """The optimiser's learning rate for data of this scale."""
+        if self.optimizer in ADAM:  # a step is about lr, whatever the gradient
+            return self.lr_img * self.lr_scale_adam * (scale if self.lr_relative else 1.0)
+        return self.lr_img * (
+            scale**2 if self.lr_relative else 1.0
+        )  # x = scale u: du = lr dL/du is dx = lr scale^2 dL/dx
+
+
+def make_optimizer(data: Tensor, settings: OptimizationConfig, lr: float) -> torch.optim.Optimizer:
+    """The optimiser of the synthetic data."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD([data], lr=lr, momentum=settings.mom_img, weight_decay=settings.weight_decay)
+    # Second moments of a loss whose frequencies and teacher change at every step: a shorter memory than 0.999.
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind([data], lr=lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
 
 
 class MatchConfig(LoopConfig):
@@ -36,6 +72,8 @@ class MatchConfig(LoopConfig):
     beta_for_loss: float = Field(0.5, ge=0)
     match_weight: float = Field(300.0, ge=0)
     calib_weight: float = Field(1.0, ge=0)
+    iter_calib: int = Field(1, ge=0)  # calibration steps an iteration
+    joint_step: bool = False  # one step on the sum of both losses instead of one step for each
     sampling_net: bool = False
     refresh: int = Field(1, ge=1)  # iterations for which one teacher state and its real side are kept; 1 = exact
     teacher_states: int = Field(0, ge=0)  # 0: a new state at every refresh; n: n states, whose real sides are kept
@@ -60,6 +98,14 @@ class MatchConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
+class Losses:
+    """Sum of a loss over the classes of one rank, and their number."""
+
+    total: float
+    count: int
+
+
+@dataclass(frozen=True)
 class RealSide:
     """The real classes under one teacher state: mean embeddings [L, K, M], or features to embed anew [L, B_c, D]."""
 
@@ -77,10 +123,10 @@ class Samples(Protocol):
     def members(self) -> list[Tensor]: ...
 
 
-Rows = tuple[Tensor, Tensor | None, Tensor]  # data [n, ...], mask [n, ...] (text), targets [n, C]
+Start = tuple[Tensor, Tensor | None, Tensor]  # data [n, ...], mask [n, ...] (text), targets [n, C]
 
 
-class ClassCondenser(Problem):
+class ClassCondenser(Learner):
     """The rows of this rank's classes, and how their gradients are made."""
 
     settings: MatchConfig
@@ -123,12 +169,25 @@ class ClassCondenser(Problem):
         self.kept: dict[int, RealSide] = {}
 
     @abstractmethod
-    def start(self) -> Rows:
+    def start(self) -> Start:
         """This rank's initial rows."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """Unit of a relative learning rate."""
+
+    @abstractmethod
+    def assemble(self, data: Tensor, mask: Tensor | None, targets: Tensor) -> SyntheticSet:
+        """The whole set from its gathered parts."""
 
     @abstractmethod
     def real_features(self, samples: Tensor) -> Tensor:
         """Features [L, U, D] of real samples [U] under `model_interval`, the same on every rank."""
+
+    def embed_real(self, features: Tensor, t: Tensor) -> Tensor:
+        """Mean embedding [L, M] of one class's features [L, B, D] at frequencies t [L, F, D]."""
+        return real_embedding(features, t, self.loss_func)
 
     @property
     @abstractmethod
@@ -196,7 +255,7 @@ class ClassCondenser(Problem):
         own = [features[:, torch.searchsorted(unique, draws[c]).to(self.device)] for c in self.classes]
         if self.sampling:
             return RealSide(t, None, own)
-        means = [real_embedding(part, t, self.loss_func) for part in own]
+        means = [self.embed_real(part, t) for part in own]
         return RealSide(t, torch.stack(means, 1) if means else None, [])
 
     def match(self) -> Losses:
@@ -208,7 +267,7 @@ class ClassCondenser(Problem):
             t = scaled.detach().requires_grad_()
         for tile in self.tiles():
             if side.means is None:
-                real = torch.stack([real_embedding(side.features[i], t, self.loss_func) for i in tile], 1)
+                real = torch.stack([self.embed_real(side.features[i], t) for i in tile], 1)
             else:
                 real = side.means[:, tile]
             real = nn.functional.pad(real, (0, 0, 0, self.tile_size - len(tile)))  # empty classes up to a full tile
@@ -259,4 +318,72 @@ class ClassCondenser(Problem):
         where = self.place(tile)
         return self.as_input(self.filled(self.data[where]), where)
 
-    condense = condense_loop
+    # The loop's view of all this.
+
+    def condense(
+        self, optimization: OptimizationConfig, run: RunFolder, flag: StopFlag, score: Score, debug: bool = False
+    ) -> dict[str, float]:
+        """Learn the rows; see `learning_loop`."""
+        self.optimization, self.rate = optimization, optimization.rate(self.scale)
+        self.optimizer = make_optimizer(self.data, optimization, self.rate)
+        self.ascent = None
+        if self.sampling:
+            self.ascent = torch.optim.Adam(self.sampling.parameters(), lr=optimization.lr_sampling_net)
+        return learning_loop(self, run, flag, score, debug)
+
+    @property
+    def learned(self) -> dict[str, Rows]:
+        """The samples."""
+        return {"data": Rows(self.data, self.optimizer)}
+
+    def iterate(self, done: int) -> dict[str, float]:
+        """One iteration: a step on each loss, or one on both."""
+        s, optimizer = self.settings, self.optimizer
+        self.prepare(done)
+        share = 0.5 * (1 + math.cos(math.pi * done / s.niter)) if self.optimization.scheduler == "cosine" else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate * share
+        optimizer.zero_grad()
+        match = self.match()
+        if not s.joint_step:
+            optimizer.step()
+            optimizer.zero_grad()
+        calib = Losses(0.0, match.count)
+        for i in range(s.iter_calib):
+            calib = self.calibrate()
+            if not s.joint_step or i + 1 == s.iter_calib:
+                optimizer.step()
+                optimizer.zero_grad()
+        if s.joint_step and not s.iter_calib:
+            optimizer.step()
+        if self.ascent:
+            self.ascent.step()
+            self.ascent.zero_grad()
+        return {"match": match.total, "calib": calib.total, "count": match.count}
+
+    def gather(self) -> SyntheticSet | None:
+        """The whole set on rank 0."""
+        parts = (self.data, self.targets) if self.mask is None else (self.data, self.targets, self.mask)
+        whole = [part for part in (self.world.gather_rows(part, self.row_owners) for part in parts) if part is not None]
+        return self.assemble(whole[0], whole[2] if len(whole) > 2 else None, whole[1]) if whole else None
+
+    def logged(self) -> dict[str, float]:
+        """Scales of the sampling net."""
+        if not self.sampling:
+            return {}
+        scales = self.sampling.scales().detach()
+        return {
+            "scale_low": float(scales.min()), "scale_mean": float(scales.mean()), "scale_high": float(scales.max()),
+        }  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """Of the sampling net."""
+        if not self.sampling or not self.ascent:
+            return {}
+        return {"sampling": self.sampling.state_dict(), "ascent": self.ascent.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Of the sampling net."""
+        if self.sampling and self.ascent:
+            self.sampling.load_state_dict(state["sampling"])
+            self.ascent.load_state_dict(state["ascent"])

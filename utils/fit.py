@@ -49,15 +49,14 @@ def rate(step: int, steps: int, warmup: float) -> float:
 
 def fit(
     net: nn.Module,
-    batch: Callable[[int], tuple[Any, Tensor]],
+    loss: Callable[[int], Tensor],
     optimizer: torch.optim.Optimizer,
     settings: FitConfig,
     steps: range,
     total: int,
-    multilabel: bool,
     stream: tuple[int, str, int],
 ) -> Iterator[tuple[int, Tensor]]:
-    """Train over `steps` out of `total`, yielding (step, loss); `batch(step)` gives (input, targets [B, C]).
+    """Train over `steps` out of `total`, yielding (step, loss); `loss(step)` is the scalar that a step goes down.
 
     Dropout draws from the stream (*stream, step), so that a part of the loop equals that part of the whole.
     """
@@ -68,13 +67,22 @@ def fit(
         torch.manual_seed(stream_seed(*stream, step))
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * rate(step, total, settings.warmup)
-        x, targets = batch(step)
-        loss = task_loss(net(x).logits, targets, multilabel).mean()
+        value = loss(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         optimizer.step()
-        yield step, loss.detach()
+        yield step, value.detach()
+
+
+def supervised(net: nn.Module, batch: Callable[[int], tuple[Any, Tensor]], multilabel: bool) -> Callable[[int], Tensor]:
+    """The mean task loss of `net` at a step, `batch(step)` giving (input, targets [B, C])."""
+
+    def loss(step: int) -> Tensor:
+        x, targets = batch(step)
+        return task_loss(net(x).logits, targets, multilabel).mean()
+
+    return loss
 
 
 @torch.no_grad()

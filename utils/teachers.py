@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from config import ConfigError
 from utils.checkpoint import load_pth, load_tensors, save_pth, save_tensors
 from utils.ddp import World
-from utils.fit import FitConfig, fit, make_optimizer
+from utils.fit import FitConfig, fit, make_optimizer, supervised
 from utils.progress import Progress
 from utils.stopping import StopFlag, Stopped
 
@@ -64,7 +64,7 @@ def train_member(
     net = fresh().to(device)
     if not init.exists():
         save_tensors(init, dict(trainable(net)))
-    optimizer = make_optimizer(net, settings)
+    optimizer, objective = make_optimizer(net, settings), supervised(net, batch, multilabel)
     epoch = 0
     if resume.exists():
         state = load_pth(resume)
@@ -76,9 +76,8 @@ def train_member(
     progress = Progress(f"teacher {member}", last_epoch * per_epoch, epoch * per_epoch, shown)
     while epoch < last_epoch:
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        for step, loss in fit(
-            net, batch, optimizer, settings, steps, total, multilabel, (settings.seed, "dropout", member)
-        ):
+        stream = (settings.seed, "dropout", member)
+        for step, loss in fit(net, objective, optimizer, settings, steps, total, stream):
             progress.step(note=f"loss {loss.item():.3f}" if step % 20 == 0 else "")
             if flag.number:
                 raise Stopped(flag.number)
