@@ -14,12 +14,12 @@ from pathlib import Path
 
 from condense.dry_run_image import dry_run
 from condense.image_job import OPTIONS, ImageConfig, open_images
-from condense.job import claim, condense_folder, nested
-from condense.learning import learn, said_finished
-from config import CommandLine, Resolved
+from condense.job import condense_folder
+from condense.learning import learn
+from config import CommandLine, Resolved, nested
 from utils.init_script import init_script
 from utils.program import leave, run_program
-from utils.run_folder import RunFolder
+from utils.run_folder import RunFolder, claim
 from utils.stopping import stop_flag
 
 
@@ -31,7 +31,7 @@ def condense(resolved: Resolved[ImageConfig], command: CommandLine) -> None:
         return
     with init_script(command.gpu, cfg.tf32, cfg.seed, cfg.debug) as world, stop_flag() as flag:
         run = RunFolder(condense_folder(cfg), nested(cfg), world, command.overwrite)
-        if not said_finished(run):
+        if not run.said_finished():
             job = open_images(cfg, world)
             if world.main:
                 claim(run.folder, job.origin)

@@ -14,13 +14,13 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 from pathlib import Path
 
 from condense.dry_run_text import dry_run
-from condense.job import OPTIONS, claim, condense_folder, nested
-from condense.learning import learn, said_finished
+from condense.job import OPTIONS, condense_folder
+from condense.learning import learn
 from condense.text_job import TextConfig, open_text
-from config import CommandLine, Resolved
+from config import CommandLine, Resolved, nested
 from utils.init_script import init_script
 from utils.program import leave, run_program
-from utils.run_folder import RunFolder
+from utils.run_folder import RunFolder, claim
 from utils.stopping import stop_flag
 
 
@@ -32,7 +32,7 @@ def condense(resolved: Resolved[TextConfig], command: CommandLine) -> None:
         return
     with init_script(command.gpu, cfg.tf32, cfg.seed, cfg.debug) as world, stop_flag() as flag:
         run = RunFolder(condense_folder(cfg), nested(cfg), world, command.overwrite)
-        if not said_finished(run):
+        if not run.said_finished():
             job = open_text(cfg, world)
             if world.main:
                 claim(run.folder, job.origin)

@@ -21,11 +21,10 @@ from torch import Tensor
 from condense.arms import NAMES, Arms
 from condense.dry_run_image import dry_run
 from condense.image_job import OPTIONS, ImageConfig, ImageJob, open_images
-from condense.job import evaluate_folder, nested
+from condense.job import evaluate_folder
 from condense.judging import check_runs
-from condense.learning import said_finished
 from condenser.evaluator import Part, RowName, TrainingSet, logits_of, train_student
-from config import CommandLine, Resolved, Section
+from config import CommandLine, Resolved, Section, nested
 from utils.checkpoint import atomic_write
 from utils.init_script import init_script
 from utils.program import leave, run_program
@@ -63,7 +62,7 @@ def learn_in_stages(resolved: Resolved[ContinualConfig], command: CommandLine) -
         folder = evaluate_folder(cfg)
         place = Path(*("continual" if part == "evaluate" else part for part in folder.parts))
         run = RunFolder(place, nested(cfg), world, command.overwrite)
-        if not said_finished(run):
+        if not run.said_finished():
             job = open_images(cfg, world)
             train_stages(cfg, job, run, flag)
             if world.main:

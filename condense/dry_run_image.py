@@ -1,10 +1,11 @@
 """What an image run would do: every value and its source, the classes of each rank, memory and work; starts nothing."""
 
 from condense.image_job import ImageConfig, class_costs
-from condense.job import print_classes, print_values
+from condense.job import condense_folder
 from condenser.synthetic_image import samples_per_image
 from config import Resolved
 from utils.ddp import environment_rank, environment_size
+from utils.dry_run import print_classes, print_values
 from utils.image_networks import image_network
 
 
@@ -13,8 +14,8 @@ def dry_run(resolved: Resolved[ImageConfig]) -> None:
     if environment_rank():
         return
     cfg, ranks = resolved.config, environment_size()
-    print_values(resolved)
-    print_classes(cfg, class_costs(cfg), ranks)
+    print_values(resolved, condense_folder(cfg))
+    print_classes(class_costs(cfg), cfg.debug, ranks)
     d = cfg.dataset
     if d.dataset != "digits" and (d.data_dir is None or not d.data_dir.exists()):
         print(f"dataset.data_dir: {d.data_dir} is absent; {d.batch_real} images of every class are assumed")

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from condense.job import print_classes, print_values
+from condense.job import condense_folder
 from condense.text_job import TextConfig, class_costs
 from config import Resolved
 from utils.ddp import environment_rank, environment_size
+from utils.dry_run import print_classes, print_values
 from utils.encoder import local_hidden_size, missing_encoder
 from utils.utils_text import load_corpus
 
@@ -15,9 +16,9 @@ def dry_run(resolved: Resolved[TextConfig]) -> None:
     if environment_rank():
         return
     cfg, ranks = resolved.config, environment_size()
-    print_values(resolved)
+    print_values(resolved, condense_folder(cfg))
     counts, mean_tokens = class_counts(cfg)
-    print_classes(cfg, class_costs(cfg.condense, cfg.network.max_length, cfg.dataset.batch_real, counts), ranks)
+    print_classes(class_costs(cfg.condense, cfg.network.max_length, cfg.dataset.batch_real, counts), cfg.debug, ranks)
     missing = missing_encoder(cfg.network)
     if missing:
         print(missing)

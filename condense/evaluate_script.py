@@ -15,10 +15,9 @@ from pathlib import Path
 
 from condense.dry_run_image import dry_run
 from condense.image_job import OPTIONS, ImageConfig, open_images
-from condense.job import evaluate_folder, nested
+from condense.job import evaluate_folder
 from condense.judging import judge_rows, show
-from condense.learning import said_finished
-from config import CommandLine, Resolved
+from config import CommandLine, Resolved, nested
 from utils.init_script import init_script
 from utils.program import leave, run_program
 from utils.run_folder import RunFolder
@@ -33,7 +32,7 @@ def evaluate(resolved: Resolved[ImageConfig], command: CommandLine) -> None:
         return
     with init_script(command.gpu, cfg.tf32, cfg.seed, cfg.debug) as world, stop_flag() as flag:
         run = RunFolder(evaluate_folder(cfg), nested(cfg), world, command.overwrite)
-        if not said_finished(run):
+        if not run.said_finished():
             judge_rows(open_images(cfg, world), run, flag)
         show(run)
 

@@ -14,11 +14,10 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 from pathlib import Path
 
 from condense.dry_run_text import dry_run
-from condense.job import OPTIONS, evaluate_folder, nested
+from condense.job import OPTIONS, evaluate_folder
 from condense.judging import judge_rows, show
-from condense.learning import said_finished
 from condense.text_job import TextConfig, open_text
-from config import CommandLine, Resolved
+from config import CommandLine, Resolved, nested
 from utils.init_script import init_script
 from utils.program import leave, run_program
 from utils.run_folder import RunFolder
@@ -33,7 +32,7 @@ def evaluate(resolved: Resolved[TextConfig], command: CommandLine) -> None:
         return
     with init_script(command.gpu, cfg.tf32, cfg.seed, cfg.debug) as world, stop_flag() as flag:
         run = RunFolder(evaluate_folder(cfg), nested(cfg), world, command.overwrite)
-        if not said_finished(run):
+        if not run.said_finished():
             judge_rows(open_text(cfg, world), run, flag)
         show(run)
 

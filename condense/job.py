@@ -1,10 +1,9 @@
 """What the programs of every modality share: run folders, the teachers, and what a modality has to say for itself."""
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pydantic import model_validator
 from torch import Tensor, nn
@@ -12,24 +11,20 @@ from torch import Tensor, nn
 from condenser.evaluator import EvaluationConfig, StudentScore, TrainingSet
 from condenser.matching import ClassCondenser, MatchConfig, OptimizationConfig
 from condenser.synthetic_set import SyntheticSet
-from config import ConfigError, LocalPath, Option, Resolved, Section
+from config import LocalPath, Option, Section, named
 from config.loader import flatten
 from utils.augment import Augmenter
-from utils.checkpoint import atomic_write
 from utils.data_config import DataConfig
-from utils.ddp import World, assign, distribute_class, kept_classes
+from utils.ddp import World, distribute_class
 from utils.report import Block
-from utils.run_folder import log, short_hash
-from utils.sampling import training_batch
+from utils.run_folder import claim, log, short_hash
 from utils.stopping import StopFlag
-from utils.streams import generator
 from utils.teachers import (
     PretrainConfig,
     TeacherBank,
     load_bank,
     missing_members,
-    share_out_training,
-    train_member,
+    train_bank,
 )
 
 OPTIONS = (
@@ -160,22 +155,6 @@ class Job(ABC):
         """A linear classifier on plain features of the real samples `which`."""
 
 
-def named(cfg: Section, prefixes: Iterable[str]) -> dict[str, object]:
-    """The resolved values whose dotted keys begin with one of the prefixes."""
-    return {key: value for key, value in flatten(cfg).items() if key.startswith(tuple(prefixes))}
-
-
-def nested(cfg: Section) -> dict[str, object]:
-    """The resolved configuration as it stands in args.log, which --config_path reads again."""
-    tree: dict[str, object] = {}
-    for key, value in flatten(cfg).items():
-        section, _, name = key.rpartition(".")
-        inner = tree.setdefault(section, {}) if section else tree
-        if isinstance(inner, dict):
-            inner[name] = value
-    return tree
-
-
 def condense_folder(cfg: JobConfig) -> Path:
     """Folder of the condensation run: readable parts and a hash of all that the result depends on."""
     c, o = cfg.condense, cfg.optimization
@@ -208,30 +187,6 @@ def bank_folder(cfg: JobConfig) -> Path:
     return complete[0] if complete else own
 
 
-def claim(folder: Path, origin: dict[str, str], remedy: str = "start again with --overwrite") -> None:
-    """Note what a folder's contents are made from. Raises ConfigError where they are made from something else."""
-    path = folder / "origin.json"
-    if not path.exists():
-        atomic_write(path, json.dumps(origin).encode())
-    elif json.loads(path.read_text()) != origin:
-        raise ConfigError(
-            f"{folder}: made from other data (was it changed, or for docstrings a package upgraded?): {remedy}"
-        )
-
-
-def print_values(resolved: Resolved[Any]) -> None:
-    """For a dry run: the run folder, and every value with its source."""
-    print(f"run folder: {condense_folder(resolved.config)}")
-    for key, value in flatten(resolved.config).items():
-        print(f"  {key}: {value}  [{resolved.sources.get(key, 'default')}]")
-
-
-def print_classes(cfg: JobConfig, costs: Sequence[float], ranks: int) -> None:
-    """For a dry run: the classes of every rank."""
-    for rank, part in enumerate(assign(costs[: kept_classes(cfg.nclass, cfg.debug)], ranks)):
-        print(f"rank {rank}: classes {', '.join(map(str, part)) or 'none (helps with the real side)'}")
-
-
 def fresh_teacher(job: Job, member: int) -> nn.Module:
     """Teacher number `member` at its start."""
     return job.fresh(job.cfg.pretrain.seed, "teacher init", member)
@@ -249,23 +204,10 @@ def ensure_teachers(job: Job, flag: StopFlag) -> Path:
         log.info(f"training {len(missing)} of {cfg.condense.num_premodel} teachers into {folder}")
     elif folder.parent.name != f"ipc{cfg.condense.ipc}":
         log.info(f"using the teachers in {folder}")
-    per_epoch = -(-len(job.train) // cfg.pretrain.batch_size)
-
-    augment = job.augmenter(teachers=True)
-
-    def train(member: int, shown: bool) -> None:
-        def batch(step: int) -> Any:
-            which = training_batch(job.train.lengths, cfg.pretrain.batch_size, step, cfg.pretrain.seed, member)
-            x, targets = job.train.batch(which, world.device)
-            gen = generator(cfg.pretrain.seed, "teacher augmentation", member, step)
-            return augment(x, targets, gen) if augment else (x, targets)
-
-        train_member(
-            folder, member, epoch, lambda: fresh_teacher(job, member), batch, per_epoch, cfg.pretrain, cfg.multilabel,
-            world.device, flag, shown,
-        )  # fmt: skip
-
-    share_out_training(world, missing, train)
+    train_bank(
+        folder, missing, epoch, lambda member: fresh_teacher(job, member), job.train, job.augmenter(teachers=True),
+        cfg.pretrain, cfg.multilabel, world, flag,
+    )  # fmt: skip
     return folder
 
 

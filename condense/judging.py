@@ -1,19 +1,20 @@
 """An evaluation of any modality: fresh students of every row, their numbers kept as they come, table and report."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from condense.arms import FIXED, LEARNED, NAMES, Arm, Arms, source
-from condense.job import Job, claim
+from condense.job import Job
 from condenser.evaluator import Row, StudentScore, evaluate_student, summarise
 from condenser.robust_scores import augmentation_robust_score, label_robust_score
+from condenser.students import OnStep, judge_students
 from condenser.synthetic_set import load_synthetic
 from config import ConfigError
 from utils.checkpoint import atomic_write
-from utils.progress import Progress
 from utils.report import Block, Heading, Paragraph, Picture, Table, plain_table, write_report
-from utils.run_folder import RESULT, RunFolder, log
+from utils.run_folder import RESULT, RunFolder, claim, log
 from utils.stopping import StopFlag
 
 Task = tuple[str, int, int, str]  # row, condensation or subset seed, number and architecture of the student
@@ -25,22 +26,14 @@ def judge_rows(job: Job, run: RunFolder, flag: StopFlag) -> None:
     if job.world.main:
         claim(run.folder, job.origin)
     tasks = tasks_of(job)
-    open_tasks = job.world.broadcast([task for task in tasks if not student_file(run, task).exists()])
     arms = Arms(job, flag, job.cfg.evaluation.rows)
-    mine = job.world.share([1.0] * len(open_tasks))
-    progress = Progress("students", len(mine) * job.cfg.evaluation.steps, shown=job.world.main)
 
-    def step(count: int = 1) -> None:
-        progress.step(count)
-        flag.check()  # not only between students: the launcher does not wait long
+    def judge(number: int, on_step: OnStep) -> dict[str, Any]:
+        found, arm = judge_one(job, arms, tasks[number], on_step)
+        return found.as_dict() | {"bytes": arm.nbytes, "documents": arm.documents, "labels": arm.labels}
 
-    for i in mine:
-        found, arm = judge_one(job, arms, open_tasks[i], step)
-        value = found.as_dict() | {"bytes": arm.nbytes, "documents": arm.documents, "labels": arm.labels}
-        atomic_write(student_file(run, open_tasks[i]), json.dumps(value).encode())
-    progress.close()
-    job.world.barrier()
-    rows = collect(job, run, tasks)
+    names = list(map(student_name, tasks))
+    rows = collect(job, tasks, judge_students(run.folder, names, job.cfg.evaluation.steps, judge, job.world, flag))
     if job.world.main:
         write(job, run, rows)
     run.finish({"rows": len(rows)})
@@ -95,7 +88,7 @@ def check_runs(job: Job, rows: Sequence[str]) -> None:
         )
 
 
-def judge_one(job: Job, arms: Arms, task: Task, on_step: Callable[..., None]) -> tuple[StudentScore, Arm]:
+def judge_one(job: Job, arms: Arms, task: Task, on_step: OnStep) -> tuple[StudentScore, Arm]:
     """The numbers of one student and its training set."""
     row, seed, student, network = task
     cfg = job.cfg
@@ -115,21 +108,20 @@ def judge_one(job: Job, arms: Arms, task: Task, on_step: Callable[..., None]) ->
     return found, arm
 
 
-def student_file(run: RunFolder, task: Task) -> Path:
-    """Where a student's numbers are kept."""
+def student_name(task: Task) -> str:
+    """Under which a student's numbers are kept."""
     row, seed, student, network = task
-    return run.folder / "students" / f"{row}{network and '_' + network}_seed{seed}_{student}.json"
+    return f"{row}{network and '_' + network}_seed{seed}_{student}"
 
 
-def collect(job: Job, run: RunFolder, tasks: list[Task]) -> list[Row]:
-    """The rows of the table from the students' files."""
+def collect(job: Job, tasks: list[Task], found: list[dict[str, Any]]) -> list[Row]:
+    """The rows of the table from the students' numbers."""
     rows = []
     for row, network in dict.fromkeys((task[0], task[3]) for task in tasks):
-        own = [task for task in tasks if (task[0], task[3]) == (row, network)]
-        values = [json.loads(student_file(run, task).read_text()) for task in own]
-        sizes = [(v.pop("bytes"), v.pop("documents"), v.pop("labels")) for v in values]
+        own = [dict(v) for v, task in zip(found, tasks, strict=True) if (task[0], task[3]) == (row, network)]
+        sizes = [(v.pop("bytes"), v.pop("documents"), v.pop("labels")) for v in own]
         nbytes, documents, labels = sizes[0]
-        scores = [StudentScore(**v) for v in values]
+        scores = [StudentScore(**v) for v in own]
         rows.append(summarise(row, network, job.cfg.condense.ipc, labels, scores, nbytes, documents))
     return rows
 

@@ -12,14 +12,6 @@ from utils.run_folder import RunFolder, log
 from utils.stopping import StopFlag
 
 
-def said_finished(run: RunFolder) -> bool:
-    """Whether the run is finished; says so."""
-    if not run.finished():
-        return False
-    log.info(f"finished already: {run.folder} (--overwrite starts again)")
-    return True
-
-
 def learn(job: Job, run: RunFolder, flag: StopFlag) -> None:
     """Learn the set, from the run's last state if there is one, and write its report."""
     teachers = ensure_teachers(job, flag)

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from config import ConfigError, Section
 from utils.image_networks import ImageNetwork
+from utils.losses import task_loss
 
 FeatureForm = Literal["map", "channel", "spatial"]
 Pool = Literal["avg", "max", "sum"]
@@ -72,6 +73,15 @@ def label_shape(map_shape: Shape, form: FeatureForm) -> tuple[int, ...]:
 def feature_loss(maps: Tensor, labels: Tensor, form: FeatureForm, pool: Pool) -> Tensor:
     """Squared error [B] of maps [B, C, H, W] and labels [B, *form], mean over a label's elements."""
     return (feature_of(maps, form, pool) - labels).square().flatten(1).mean(1)
+
+
+def labelled_loss(
+    net: ImageNetwork, x: Tensor, targets: Tensor, labels: Tensor, lbd: float, form: FeatureForm, pool: Pool,
+    layer_idx: int | None,
+) -> Tensor:  # fmt: skip
+    """What every network learns the set by: CE(f(x), y) + lbd * MSE(phi(E_L(x)), F) of every sample [B]."""
+    output, maps = net.with_map(x, layer_idx)
+    return task_loss(output.logits, targets, multilabel=False) + lbd * feature_loss(maps, labels, form, pool)
 
 
 def expand(features: Tensor, owner: Tensor, scope: Scope) -> Tensor:

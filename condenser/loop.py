@@ -34,10 +34,11 @@ class LoopConfig(Section):
 
 @dataclass(frozen=True)
 class Rows:
-    """One learned tensor: this rank's rows, a leaf [n, ...], and who moves them."""
+    """One learned tensor: this rank's rows, a leaf [n, ...], who moves them, and every rank's places in the whole."""
 
     own: Tensor
     optimizer: torch.optim.Optimizer
+    owners: list[list[int]]
 
 
 class Learner(ABC):
@@ -45,11 +46,6 @@ class Learner(ABC):
 
     settings: LoopConfig
     world: World
-
-    @property
-    @abstractmethod
-    def row_owners(self) -> list[list[int]]:
-        """Positions in the whole set of every rank's rows."""
 
     @property
     @abstractmethod
@@ -147,15 +143,15 @@ def measure(learner: Learner, folder: Path, score: Score, best: float) -> float:
 
 def save_state(learner: Learner, path: Path, done: int, best: float) -> None:
     """One file for all ranks, from which any number of ranks can go on."""
-    world, owners = learner.world, learner.row_owners
+    world = learner.world
     rows: dict[str, Tensor | None] = {}
     for name, part in learner.learned.items():
         moments = part.optimizer.state.get(part.own, {})
-        rows[name] = world.gather_rows(part.own, owners)
+        rows[name] = world.gather_rows(part.own, part.owners)
         names = [(k, bool(v.ndim)) for k, v in moments.items() if isinstance(v, Tensor)]
         for moment, by_row in world.broadcast(names):
             own = moments[moment] if moments else torch.zeros(0)
-            rows[f"{name} moment {moment}"] = world.gather_rows(own, owners) if by_row else own
+            rows[f"{name} moment {moment}"] = world.gather_rows(own, part.owners) if by_row else own
     if world.main:
         save_pth(path, {"iteration": done, "best": best, "rows": rows, **learner.state()})
 
@@ -165,12 +161,11 @@ def resume(learner: Learner, path: Path) -> tuple[int, float]:
     if not learner.world.broadcast(path.exists()):
         return 0, -1.0
     state = load_pth(path)
-    own = learner.row_owners[learner.world.rank]
     try:
         rows, done, best = state["rows"], int(state["iteration"]), float(state["best"])
         for name, part in learner.learned.items():
-            whole = rows[name]
-            if whole.shape != (sum(map(len, learner.row_owners)), *part.own.shape[1:]):
+            whole, own = rows[name], part.owners[learner.world.rank]
+            if whole.shape != (sum(map(len, part.owners)), *part.own.shape[1:]):
                 raise KeyError(f"{name} of another shape")
             with torch.no_grad():
                 part.own.copy_(whole[own])

@@ -334,7 +334,7 @@ class ClassCondenser(Learner):
     @property
     def learned(self) -> dict[str, Rows]:
         """The samples."""
-        return {"data": Rows(self.data, self.optimizer)}
+        return {"data": Rows(self.data, self.optimizer, self.row_owners)}
 
     def iterate(self, done: int) -> dict[str, float]:
         """One iteration: a step on each loss, or one on both."""

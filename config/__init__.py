@@ -1,7 +1,7 @@
 """From a YAML file and a command line to one frozen, checked configuration."""
 
 from config.cli import CommandLine, Option, parse_command_line
-from config.loader import Resolved, add_args_from_yaml
+from config.loader import Resolved, add_args_from_yaml, flatten, named, nested
 from config.schema import ConfigError, LocalPath, ModelPath, Section
 
 __all__ = [
@@ -13,5 +13,8 @@ __all__ = [
     "Resolved",
     "Section",
     "add_args_from_yaml",
+    "flatten",
+    "named",
+    "nested",
     "parse_command_line",
 ]

@@ -2,8 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -21,13 +21,14 @@ overrides:
 
 @dataclass(frozen=True)
 class Option:
-    """A named option that is short for a configuration key."""
+    """A named option that is short for a configuration key, or for several where `expands` has the value."""
 
     name: str
     key: str
     kind: Literal["value", "path", "flag"]
     help: str
     choices: tuple[str, ...] = ()
+    expands: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # value -> overrides
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"command line: {message}")
 
 
-def parse_command_line(argv: Sequence[str], doc: str, options: Sequence[Option]) -> CommandLine:
+def parse_command_line(
+    argv: Sequence[str], doc: str, options: Sequence[Option], default_config: Path | None = None
+) -> CommandLine:
     """What `argv` (without the program's name) asks for. ConfigError: what cannot be understood."""
     parser = _Parser(
         usage="%(prog)s --config_path FILE [options] [section.key=value ...]",
@@ -62,7 +65,8 @@ def parse_command_line(argv: Sequence[str], doc: str, options: Sequence[Option])
     add = parser.add_argument
     flags = {"-h", "--help", "--debug", "--dry_run", "--overwrite"}
     valued = {"--config_path", "--gpu"}
-    add("--config_path", type=Path, required=True, metavar="FILE", help="the YAML file of the experiment")
+    text = "the YAML file of the experiment" + (f" (default: {default_config})" if default_config else "")
+    add("--config_path", type=Path, required=not default_config, default=default_config, metavar="FILE", help=text)
     add("--gpu", metavar="LIST", help='the GPUs to use, as in "0,2,3"')
     add(
         "--debug",
@@ -85,7 +89,7 @@ def parse_command_line(argv: Sequence[str], doc: str, options: Sequence[Option])
             valued.add(name)
             metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.upper()
             read = partial(_override, option)
-            add(name, dest="overrides", action="append", type=read, metavar=metavar, help=text)
+            add(name, dest="overrides", action="extend", type=read, metavar=metavar, help=text)
     parser.set_defaults(overrides=[])
     found = parser.parse_args(_in_order(argv, flags, valued))
     overrides = tuple(found.overrides)
@@ -94,8 +98,8 @@ def parse_command_line(argv: Sequence[str], doc: str, options: Sequence[Option])
     return CommandLine(path, found.gpu, debug, found.dry_run, found.overwrite, overrides)
 
 
-def _override(option: Option, text: str) -> str:
-    """The override that an option with this value stands for."""
+def _override(option: Option, text: str) -> tuple[str, ...]:
+    """The overrides that an option with this value stands for."""
     if option.choices and text not in option.choices:
         hint = nearest(text, option.choices)
         raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(option.choices)}{hint}")
@@ -106,7 +110,7 @@ def _override(option: Option, text: str) -> str:
             text = json.dumps(str(absolute(text, Path.cwd())), ensure_ascii=False)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
-    return f"{option.key}={text}"
+    return option.expands.get(text, (f"{option.key}={text}",))
 
 
 def _in_order(argv: Sequence[str], flags: set[str], valued: set[str]) -> list[str]:

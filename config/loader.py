@@ -24,7 +24,17 @@ from config.schema import (
     sections_in,
 )
 
-__all__ = ["ConfigError", "LocalPath", "ModelPath", "Resolved", "Section", "add_args_from_yaml", "flatten"]
+__all__ = [
+    "ConfigError",
+    "LocalPath",
+    "ModelPath",
+    "Resolved",
+    "Section",
+    "add_args_from_yaml",
+    "flatten",
+    "named",
+    "nested",
+]
 
 T = TypeVar("T", bound=Section)
 S = TypeVar("S", bound=Section, covariant=True)
@@ -82,6 +92,22 @@ def flatten(config: Section) -> dict[str, object]:
         else:
             flat[name] = plain[name]
     return flat
+
+
+def named(cfg: Section, prefixes: Iterable[str]) -> dict[str, object]:
+    """The resolved values whose dotted keys begin with one of the prefixes."""
+    return {key: value for key, value in flatten(cfg).items() if key.startswith(tuple(prefixes))}
+
+
+def nested(cfg: Section) -> dict[str, object]:
+    """The resolved configuration as it stands in args.log, which --config_path reads again."""
+    tree: dict[str, object] = {}
+    for key, value in flatten(cfg).items():
+        section, _, name = key.rpartition(".")
+        inner = tree.setdefault(section, {}) if section else tree
+        if isinstance(inner, dict):
+            inner[name] = value
+    return tree
 
 
 class _Builder:

@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from config import ConfigError
 from utils.augment import (
@@ -15,12 +17,14 @@ from utils.augment import (
     ROTATE,
     SATURATION,
     SCALE,
+    VIEWS,
     Augmentation,
     Augmenter,
     BatchAugmentConfig,
     cutmix,
     draw_augmentation,
     mixup,
+    view_logits,
     views,
 )
 from utils.streams import generator
@@ -189,8 +193,71 @@ def test_views_are_of_the_raw_pixels() -> None:
 
 
 def test_an_unknown_view_is_one_line() -> None:
-    with pytest.raises(ConfigError, match="tenfold is not one of none, hflip, shift"):
+    with pytest.raises(ConfigError, match="tenfold is not one of none, hflip, fivecrop, hflip5, shift"):
         views(images(), "tenfold")
+    with pytest.raises(ConfigError, match="did you mean 'hflip5'"):
+        views(images(), "flip5")
+
+
+def plain(x: Tensor) -> Tensor:
+    return x
+
+
+def network(*ids: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(sum(ids))
+        layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16 * 16, 5)
+        return nn.Sequential(*layers).double().eval()
+
+
+@pytest.mark.parametrize("size, side, place", [(28, 24, 2), (32, 28, 2), (64, 56, 4), (128, 112, 8)])
+def test_five_crops_are_pil_s_bilinear_corners_and_centre(size: int, side: int, place: int) -> None:
+    x = torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(0))
+    picture = Image.fromarray(x[0, 0].numpy())
+    far = size - side
+    for view, (top, left) in zip(
+        views(x, "fivecrop"), ((0, 0), (0, far), (far, 0), (far, far), (place, place)), strict=True
+    ):
+        whole = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(view[0, 0].numpy(), np.asarray(whole), atol=1e-5)
+
+
+def test_five_crops_of_a_constant_image_are_that_image() -> None:
+    x = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)[:, None, None].expand(2, 3, 32, 32)
+    found = views(x, "hflip5")
+    assert len(found) == 10 and len(views(x, "fivecrop")) == 5
+    for view in found:
+        torch.testing.assert_close(view, x.contiguous(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["hflip", "hflip5"])
+def test_mean_logits_of_mirrored_views_do_not_see_a_mirror(mode: str) -> None:
+    x, net = images(), network(1)
+    found = view_logits(net, x, mode, plain)
+    torch.testing.assert_close(view_logits(net, x.flip(3), mode, plain), found, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(view_logits(net, x.flip(3), "none", plain), found)
+
+
+@pytest.mark.parametrize("mode", VIEWS)
+def test_views_keep_images_apart(mode: str) -> None:
+    x, net, order = images(5), network(2), torch.tensor([3, 0, 4, 1, 2])
+    found = view_logits(net, x, mode, plain)
+    torch.testing.assert_close(view_logits(net, x[order], mode, plain), found[order], rtol=1e-12, atol=1e-12)
+    alone = torch.cat([view_logits(net, x[i : i + 1], mode, plain) for i in range(5)])
+    torch.testing.assert_close(alone, found, rtol=1e-12, atol=1e-12)
+    changed = torch.cat([x[:1], images(5)[1:] + 1])
+    torch.testing.assert_close(view_logits(net, changed, mode, plain)[:1], found[:1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", VIEWS)
+def test_view_logits_are_the_mean_over_normalised_views(mode: str) -> None:
+    x, net = images(), network(3)
+    rows = np.stack([net((view - 0.4) / 0.2).detach().numpy() for view in views(x, mode)])
+    found = view_logits(net, x, mode, lambda pixels: (pixels - 0.4) / 0.2)
+    np.testing.assert_allclose(found, rows.mean(0), rtol=1e-12)
+    assert not found.requires_grad
+    single = net((x - 0.4) / 0.2)
+    assert torch.allclose(found, single, atol=1e-6) == (mode == "none")
 
 
 def test_an_unknown_operation_is_one_line_with_the_nearest() -> None:

@@ -2,15 +2,17 @@
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from condenser.coresets import herding_subset, k_center_subset, random_subset
-from condenser.synthetic_set import SyntheticSet, checked, load_dataset, load_synthetic
+from condenser.synthetic_set import Note, SyntheticSet, checked, load_dataset, load_synthetic
 from condenser.synthetic_text import RowShape, decode, framed, student_view
 from config import ConfigError
+from utils.utils_image import Normaliser
 
 
 def small() -> SyntheticSet:
@@ -156,3 +158,59 @@ def test_fields_of_another_kind_are_one_line(tmp_path: Path, change: dict[str, o
     torch.save(fields | change, tmp_path / "odd.pth")
     with pytest.raises(ConfigError, match="odd.pth"):
         load_synthetic(tmp_path / "odd.pth")
+
+
+def labelled(rows: int = 4, scope: str = "sample") -> SyntheticSet:
+    features = torch.randn(3, rows, 5, generator=torch.Generator().manual_seed(0))
+    normaliser = Normaliser(torch.tensor([0.4, 0.5]), torch.tensor([0.2, 0.3]))
+    meta: dict[str, Note] = {"form": "channel", "layer_idx": 0, "lbd": 0.1, "scope": scope}
+    return SyntheticSet(torch.rand(4, 2, 8, 8), torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1]), None, meta,
+                        features, normaliser)  # fmt: skip
+
+
+@pytest.mark.parametrize("rows, scope", [(4, "sample"), (2, "class")])
+def test_feature_labels_and_normaliser_come_back_as_they_were(tmp_path: Path, rows: int, scope: str) -> None:
+    found = labelled(rows, scope)
+    found.save(tmp_path / "x.pth")
+    again = load_synthetic(tmp_path / "x.pth")
+    assert found.features is not None and again.features is not None and again.normaliser is not None
+    assert torch.equal(again.features, found.features) and again.meta == found.meta
+    assert again.normaliser.std.tolist() == torch.tensor([0.2, 0.3]).tolist()
+    assert again.with_targets(torch.ones(4, 2)).features is again.features
+
+
+def test_bytes_count_the_feature_labels_as_stored() -> None:
+    found = labelled()
+    assert found.nbytes == 4 * 4 * 2 * 8 * 8 + 4 * 3 * 4 * 5
+    assert replace(found, features=torch.zeros(3, 4, 5).half()).nbytes == 4 * 4 * 2 * 8 * 8 + 2 * 3 * 4 * 5
+    assert replace(found, features=None).nbytes == 4 * 4 * 2 * 8 * 8
+
+
+@pytest.mark.parametrize("change, part", [
+    ({"features": torch.zeros(3, 5, 5)}, "features of 5 rows for 4 samples"),
+    ({"features": torch.zeros(3, 4, 5), "meta": {"scope": "class"}}, "features of 4 rows for 2 classes"),
+    ({"features": torch.zeros(3, 4, 5, dtype=torch.int32)}, "type int32"),
+    ({"features": torch.zeros(4, 5)}, r"shape \(4, 5\)"),
+    ({"features": torch.zeros(0, 4, 5)}, r"shape \(0, 4, 5\)"),
+    ({"features": [1.0]}, "another kind"),
+    ({"meta": {"scope": "image"}}, "scope 'image'"),
+    ({"meta": {"scope": torch.zeros(1)}}, "another kind"),
+    ({"mean": torch.zeros(3)}, "normaliser of 3 channels"),
+    ({"std": torch.zeros(2)}, r"deviation \[0.0, 0.0\]"),
+    ({"mean": torch.full((2,), torch.nan)}, "mean .nan"),
+    ({"std": None}, "another kind"),
+])  # fmt: skip
+def test_feature_labels_that_do_not_fit_are_one_line(tmp_path: Path, change: dict[str, object], part: str) -> None:
+    labelled().save(tmp_path / "odd.pth")
+    torch.save(torch.load(tmp_path / "odd.pth") | change, tmp_path / "odd.pth")
+    with pytest.raises(ConfigError, match=f"odd.pth: .*{part}") as error:
+        load_synthetic(tmp_path / "odd.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_feature_labels_that_are_not_finite_are_refused(value: float) -> None:
+    found = labelled()
+    assert checked(found, Path("x.pth"), (2, 8, 8), 2).features is found.features
+    with pytest.raises(ConfigError, match="x.pth: holds values that are not finite"):
+        checked(replace(found, features=torch.full((3, 4, 5), value)), Path("x.pth"), (2, 8, 8), 2)

@@ -4,6 +4,7 @@ Differentiable Siamese augmentation (Zhao & Bilen, 2021): real and synthetic ima
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from config.schema import nearest
 COLOUR = ("color", "brightness", "saturation", "contrast")
 PLACE = ("crop", "flip", "scale", "rotate")
 OPERATIONS = (*COLOUR, *PLACE, "cutout")
+VIEWS = ("none", "hflip", "fivecrop", "hflip5", "shift")
+VIEW_CROP = 0.875  # of a side
 # Published: brightness +- 0.5, saturation up to x2, contrast x0.5 to x1.5, shifts of 1/8, squares of half a side.
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 CROP, CUTOUT, SCALE, ROTATE = 0.125, 0.5, 1.2, 15.0
@@ -173,18 +176,41 @@ def beta_draw(a: float, gen: Generator) -> float:
 
 
 def views(x: Tensor, mode: str) -> list[Tensor]:
-    """Test-time views of raw pixels [B, C, H, W], whose logits are averaged: none, hflip, or shift.
+    """Test-time views [B, C, H, W] of raw pixels [B, C, H, W], whose logits are averaged. Raises ConfigError.
 
-    shift: the image and its four shifts by a pixel, the border repeated.
+    hflip: the image and its mirror image; fivecrop: the four corners and the centre, VIEW_CROP of a side, bilinearly
+    brought to full size; hflip5: these and their mirror images; shift: the image and its four shifts by a pixel, the
+    border repeated.
     """
+    height, width = x.shape[2:]
     if mode == "none":
         return [x]
     if mode == "hflip":
         return [x, x.flip(3)]
     if mode == "shift":
-        (height, width), wide = x.shape[2:], F.pad(x, (1, 1, 1, 1), mode="replicate")
-        return [wide[..., i : i + height, j : j + width] for i, j in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))]
-    raise ConfigError(f"view: {mode} is not one of none, hflip, shift")
+        padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        return [padded[..., i : i + height, j : j + width] for i, j in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))]
+    if mode in ("fivecrop", "hflip5"):
+        tall, wide = round(VIEW_CROP * height), round(VIEW_CROP * width)
+        down, right = height - tall, width - wide
+        corners = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
+        crops = [
+            F.interpolate(x[..., i : i + tall, j : j + wide], (height, width), mode="bilinear", align_corners=False)
+            for i, j in corners
+        ]
+        return crops if mode == "fivecrop" else [*crops, *(crop.flip(3) for crop in crops)]
+    raise ConfigError(f"view: {mode} is not one of {', '.join(VIEWS)}{nearest(mode, VIEWS)}")
+
+
+@torch.no_grad()
+def view_logits(
+    net_logits: Callable[[Tensor], Tensor], pixels: Tensor, mode: str, normalise: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Logits [B, C] of raw pixels [B, C, H, W] by a network in eval mode, mean over their views. Raises ConfigError."""
+    first, *others = (net_logits(normalise(view)) for view in views(pixels, mode))
+    for logits in others:  # one after another: the order of a reduction may depend on the place in the batch
+        first = first + logits
+    return first / (1 + len(others))
 
 
 class BatchAugmentConfig(Section):

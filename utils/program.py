@@ -24,6 +24,7 @@ def run_program(
     schema: type[T],
     options: Sequence[Option],
     body: Callable[[Resolved[T], CommandLine], None],
+    default_config: Path | None = None,
 ) -> int:
     """Run `body` on the configuration that the command line names; exit status 2 for a wrong configuration, 1 for a
     failed run, 128 + signal for a stopped one. Traceback of a user's mistake only with --debug."""
@@ -31,7 +32,7 @@ def run_program(
 
     def attempt() -> int:
         try:
-            command = parse_command_line(sys.argv[1:], doc, options)
+            command = parse_command_line(sys.argv[1:], doc, options, default_config)
             resolved = add_args_from_yaml(schema, command.config_path, command.overrides, folder)
         except ConfigError as error:
             return complain(error, 2, debug)

@@ -25,6 +25,17 @@ def short_hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
+def claim(folder: Path, origin: dict[str, str], remedy: str = "start again with --overwrite") -> None:
+    """Note what a folder's contents are made from. Raises ConfigError where they are made from something else."""
+    path = folder / "origin.json"
+    if not path.exists():
+        atomic_write(path, json.dumps(origin).encode())
+    elif json.loads(path.read_text()) != origin:
+        raise ConfigError(
+            f"{folder}: made from other data (was it changed, or for docstrings a package upgraded?): {remedy}"
+        )
+
+
 class RunFolder:
     """A run's folder. Every rank holds one; only rank 0 writes."""
 
@@ -67,6 +78,13 @@ class RunFolder:
         """The result of a finished run, else None; the same on every rank."""
         path = self.folder / RESULT
         return self.world.broadcast(json.loads(path.read_text()) if self.world.main and path.exists() else None)
+
+    def said_finished(self) -> bool:
+        """Whether the run is finished; says so."""
+        if not self.finished():
+            return False
+        log.info(f"finished already: {self.folder} (--overwrite starts again)")
+        return True
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished."""

@@ -15,7 +15,9 @@ from utils.checkpoint import load_pth, load_tensors, save_pth, save_tensors
 from utils.ddp import World
 from utils.fit import FitConfig, fit, make_optimizer, supervised
 from utils.progress import Progress
+from utils.sampling import training_batch
 from utils.stopping import StopFlag, Stopped
+from utils.streams import generator
 
 log = logging.getLogger("distill_lab")
 
@@ -150,8 +152,33 @@ def update_feature_extractor(
     return member, share
 
 
-def share_out_training(world: World, missing: list[int], train: Callable[[int, bool], None]) -> None:
-    """Each rank trains its share of the missing members; `train(member, shown)`."""
+def train_bank(
+    folder: Path,
+    missing: list[int],
+    last_epoch: int,
+    fresh: Callable[[int], nn.Module],
+    data: Any,
+    augment: Callable[[Any, Tensor, Generator], tuple[Any, Tensor]] | None,
+    settings: PretrainConfig,
+    multilabel: bool,
+    world: World,
+    flag: StopFlag,
+) -> None:
+    """Train the missing members on `data` (`lengths` [N] and `batch(samples, device)`), each rank its share."""
+    per_epoch = -(-len(data) // settings.batch_size)
+
+    def train(member: int, shown: bool) -> None:
+        def batch(step: int) -> tuple[Any, Tensor]:
+            which = training_batch(data.lengths, settings.batch_size, step, settings.seed, member)
+            x, targets = data.batch(which, world.device)
+            gen = generator(settings.seed, "teacher augmentation", member, step)
+            return augment(x, targets, gen) if augment else (x, targets)
+
+        train_member(
+            folder, member, last_epoch, lambda: fresh(member), batch, per_epoch, settings, multilabel, world.device,
+            flag, shown,
+        )  # fmt: skip
+
     for i in world.share([1.0] * len(missing)):
         train(missing[i], world.main)
     world.barrier()

@@ -1,0 +1,241 @@
+"""What the programs of feature labels share: configuration, data, networks, and the set as it starts."""
+
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from condenser.coresets import random_subset
+from condenser.feature_labels import FeatureConfig, Shape, feature_of, label_shape
+from condenser.feature_student import PASS, StudentConfig
+from condenser.synthetic_set import Note, SyntheticSet, checked, load_synthetic
+from config import ConfigError, LocalPath, Option, Section, named
+from distill_feat.feat_names import RowName
+from utils.augment import Augmenter, BatchAugmentConfig
+from utils.ddp import World, kept_classes
+from utils.image_networks import ImageNetwork, ImageNetworkConfig, NetType, image_network
+from utils.run_folder import claim, log, short_hash
+from utils.stopping import StopFlag
+from utils.streams import generator
+from utils.teachers import PretrainConfig, load_bank, missing_members, train_bank
+from utils.utils_image import ImageDatasetConfig, ImageSet, load_images
+
+IMAGENET_SUBSETS = ("imagenette", "imagewoof", "imagefruit", "imagemeow", "imagesquawk", "imageyellow")
+DATASETS = {
+    "CIFAR10": ("dataset.dataset=cifar10", "dataset.nclass=10", "dataset.size=32", "network.depth=3"),
+    "CIFAR100": ("dataset.dataset=cifar100", "dataset.nclass=100", "dataset.size=32", "network.depth=3"),
+    "Tiny": ("dataset.dataset=tinyimagenet", "dataset.nclass=200", "dataset.size=64", "network.depth=4"),
+} | {
+    name: (f"dataset.dataset={name}", "dataset.nclass=10", "dataset.size=128", "network.depth=5")
+    for name in IMAGENET_SUBSETS
+}  # fmt: skip
+POOLINGS = {"none": ("feature.form=map", "feature.pooling=avg")} | {
+    pool: ("feature.form=channel", f"feature.pooling={pool}") for pool in ("avg", "max", "sum")
+}
+# The requirement's flags.
+OPTIONS = (
+    Option("data_path", "dataset.data_dir", "path", "folder of the data set"),
+    Option("dataset", "dataset.dataset", "value", "data set, with its size and classes", tuple(DATASETS), DATASETS),
+    Option("ipc", "condense.ipc", "value", "images to learn per class"),
+    Option("init", "condense.init", "value", "where they start", ("real", "noise", "load")),
+    Option("load_path", "condense.load_path", "path", "a saved set for --init load"),
+    Option("generate_pretrained", "generate_pretrained", "flag", "only write the set as it starts"),
+    Option("lbd", "feature.lbd", "value", "weight of the features' squared error"),
+    Option("lbd_contrast", "feature.lbd_contrast", "value", "weight of the labels' contrast"),
+    Option("feat_lbd", "feature.feat_lbd", "value", "weight of CE(C(F), y)"),
+    Option("lr_feat", "feature.lr_feat", "value", "step size of feature labels"),
+    Option("feat_opt", "feature.feat_opt", "value", "their optimiser", ("sgd", "adam")),
+    Option("pooling", "feature.pooling", "value", "none: F is the map, else a channel", tuple(POOLINGS), POOLINGS),
+    Option("layer_idx", "feature.layer_idx", "value", "block whose map is labelled, 1 = the first"),
+    Option("n_feat", "feature.n_feat", "value", "labels of a sample"),
+    Option("use_feature", "feature.use_feature", "value", "of several labels", ("mean", "random")),
+    Option("batch_real", "dataset.batch_real", "value", "real images of a class and step"),
+    Option("batch_train", "condense.batch_train", "value", "images of a step of the inner loop"),
+    Option("batch_invariant", "evaluation.batch_invariant", "value", "same bits always", ("off", "eval", "train")),
+    Option("tta", "evaluation.tta", "flag", "test with views, too"),
+    Option("tta_mode", "evaluation.tta_mode", "value", "none, hflip, fivecrop, hflip5 or shift"),
+    Option("eval_it", "condense.val_every", "value", "iterations between evaluations on validation"),
+    Option("Iteration", "condense.niter", "value", "iterations"),
+    Option("num_exp", "num_exp", "value", "sets to learn, from seed, seed + 1 ..."),
+    Option("num_eval", "evaluation.repeat", "value", "students of a row and set"),
+    Option("model", "network.net_type", "value", "kind of network"),
+)  # fmt: skip
+
+
+class FeatPretrainConfig(PretrainConfig, BatchAugmentConfig):
+    """The teacher of the soft-label rows; feature labels start from networks trained likewise for feature.epochs."""
+
+
+class FeatEvaluationConfig(StudentConfig):
+    """Students and the rows that they are trained on."""
+
+    rows: tuple[RowName, ...] = (
+        "full", "distilled", "distilled_feature", "start", "start_feature", "random", "distilled_soft", "random_soft",
+    )  # fmt: skip
+
+
+class FeatConfig(Section):
+    """What a run of any method with feature labels is asked; the method adds its own section, `condense`."""
+
+    dataset: ImageDatasetConfig
+    network: ImageNetworkConfig
+    pretrain: FeatPretrainConfig
+    feature: FeatureConfig | None = FeatureConfig()  # null: images alone
+    evaluation: FeatEvaluationConfig
+    seed: int = 0
+    num_exp: int = Field(1, ge=1)  # sets to learn, from seed, seed + 1 ...
+    generate_pretrained: bool = False  # only write the set as it starts
+    tf32: bool = True
+    debug: bool = False  # tracebacks, a log line an iteration, and only the first max(nclass // 100, 10) classes
+    save_dir: LocalPath = Path("../results")
+    pretrained_dir: LocalPath = Path("../pretrained_models")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the sets to learn."""
+        return tuple(range(self.seed, self.seed + self.num_exp))
+
+
+class FeatJob:
+    """Data and networks of a run on this rank."""
+
+    def __init__(self, cfg: FeatConfig, ipc: int, world: World, flag: StopFlag) -> None:
+        self.cfg, self.ipc, self.world, self.flag = cfg, ipc, world, flag
+        corpus = load_images(cfg.dataset)
+        keep = cfg.dataset.load_memory
+        self.train, self.val, self.test = (
+            part.to(world.device) if keep else part for part in (corpus.train, corpus.val, corpus.test)
+        )
+        self.classes, self.origin = corpus.classes, {"images": corpus.fingerprint}
+        self.kept = list(range(kept_classes(cfg.dataset.nclass, cfg.debug)))
+
+    def fresh(self, seed: int, purpose: str, *ids: int, kind: NetType | None = None) -> ImageNetwork:
+        """A network with weights of the stream (seed, purpose, ids...), of the configured kind or another."""
+        settings = self.cfg.network
+        if kind:
+            plain = kind in ("alexnet", "mlp", "lenet")
+            settings = ImageNetworkConfig(net_type=kind, norm_type="none" if plain else "instance")
+        return image_network(
+            settings, self.train.channels, self.train.size, self.cfg.dataset.nclass, seed, purpose, *ids
+        )
+
+    @property
+    def image_shape(self) -> Shape:
+        """(C, H, W) of an image."""
+        return self.train.channels, self.train.size, self.train.size
+
+    @property
+    def map_shape(self) -> Shape:
+        """(C, H, W) of the labelled maps."""
+        return self.map_shape_of(self.fresh(0, "shape"))
+
+    def map_shape_of(self, net: ImageNetwork) -> Shape:
+        """(C, H, W) of a network's maps at the labelled block. Raises ConfigError for a block that it has not."""
+        layer = self.cfg.feature.layer_idx if self.cfg.feature else None
+        with torch.no_grad():
+            _, channels, height, width = net.eval().with_map(torch.zeros(2, *self.image_shape), layer)[1].shape
+        return channels, height, width
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Of a feature label."""
+        return label_shape(self.map_shape, self.cfg.feature.form) if self.cfg.feature else ()
+
+    def trained(self, count: int, epochs: int) -> list[ImageNetwork]:
+        """Networks trained on the real images, each rank its share; kept for other runs."""
+        cfg, world = self.cfg, self.world
+        settings = cfg.pretrain.model_copy(update={"epochs": max(epochs, 1)})
+        values = named(cfg, ("dataset.", "network.", "pretrain.", "tf32")) | {"pretrain.epochs": epochs}
+        values = {k: v for k, v in values.items() if k not in ("dataset.batch_real", "dataset.load_memory")}
+        name = f"{cfg.network.net_type}_{short_hash(values)}"
+        folder = Path(world.broadcast(str(cfg.pretrained_dir / cfg.dataset.dataset / "feature_networks" / name)))
+        nets = [self.fresh(settings.seed, "feature network", i) for i in range(count)]
+        if epochs:
+            if world.main:
+                claim(folder, self.origin, "delete the folder")
+            missing = world.broadcast(missing_members(folder, count, epochs))
+            if missing:
+                log.info(f"training {len(missing)} of {count} networks for {epochs} epochs into {folder}")
+            augment = Augmenter(settings.aug_type, settings.cutmix, settings.mixup)
+            train_bank(
+                folder, missing, epochs, lambda i: self.fresh(settings.seed, "feature network", i), self.train, augment,
+                settings, False, world, self.flag,
+            )  # fmt: skip
+            bank = load_bank(folder, count, epochs, nets[0].to(world.device), world.device)
+            for i, net in enumerate(nets):
+                bank.interpolate(net.to(world.device), i, 0.0)
+        return [net.to(world.device).eval().requires_grad_(False) for net in nets]
+
+    def notes(self) -> dict[str, Note]:
+        """What a learned set says of itself."""
+        cfg, f = self.cfg, self.cfg.feature
+        notes: dict[str, Note] = {"dataset": cfg.dataset.dataset, "ipc": self.ipc, "factor": 1, "decode_type": "single"}
+        if f is None:
+            return notes
+        net = f"{cfg.network.net_type} depth {cfg.network.depth} width {cfg.network.width} {cfg.network.norm_type}"
+        return notes | {
+            "form": f.form, "pooling": f.pooling, "layer_idx": f.layer_idx or 0, "lbd": f.lbd,
+            "use_feature": f.use_feature, "scope": f.scope, "net": net,
+        }  # fmt: skip
+
+    def start(self, init: str, load_path: Path | None, seed: int) -> SyntheticSet:
+        """The set as it starts, from its artefact, which is made where it is not there."""
+        cfg = self.cfg
+        values = named(cfg, ("dataset.", "network.", "pretrain.", "feature", "debug")) | {"load_path": str(load_path)}
+        name = f"start_{init}_seed{seed}_{short_hash(values)}"
+        folder = Path(self.world.broadcast(str(cfg.pretrained_dir / cfg.dataset.dataset / f"ipc{self.ipc}" / name)))
+        path = folder / "syn_data_0.pth"
+        networks = self.trained(cfg.feature.n_feat, cfg.feature.epochs) if cfg.feature else []
+        if self.world.main:
+            claim(folder, self.origin, "delete the folder")
+            if path.exists():
+                log.info(f"start: {path}")
+            else:
+                self.with_labels(self.first_images(init, load_path, seed), networks).save(path)
+                log.info(f"start written: {path}")
+        self.world.barrier()
+        return load_synthetic(path)
+
+    def first_images(self, init: str, load_path: Path | None, seed: int) -> SyntheticSet:
+        """Images that start a set: real ones, noise in the normaliser's units, or those of another set."""
+        nclass, norm = self.cfg.dataset.nclass, self.train.normaliser
+        owner = torch.tensor(self.kept).repeat_interleave(self.ipc)
+        if init == "load" and load_path:
+            found = checked(load_synthetic(load_path), load_path, self.image_shape, nclass)
+            keep = torch.isin(found.owner, torch.tensor(self.kept)).nonzero().flatten()
+            keep = keep[found.owner[keep].argsort(stable=True)]
+            if found.owner[keep].tolist() != owner.tolist():
+                counts = found.owner.bincount(minlength=nclass).tolist()
+                raise ConfigError(f"{load_path}: has {counts} images a class, condense.ipc is {self.ipc}")
+            labels = None if found.features is None or found.meta.get("scope") == "class" else found.features[:, keep]
+            return SyntheticSet(found.data[keep].float(), found.targets[keep], owner, None, self.notes(), labels, norm)
+        if init == "noise":
+            noise = torch.randn(len(owner), *self.image_shape, generator=generator(seed, "noise"))
+            pixels = noise * norm.std[:, None, None] + norm.mean[:, None, None]
+        else:
+            pixels = self.real(self.ipc, seed).pixels(torch.arange(len(owner))).cpu()
+        return SyntheticSet(pixels, torch.eye(nclass)[owner], owner, None, self.notes(), None, norm)
+
+    def real(self, ipc: int, seed: int) -> ImageSet:
+        """Random real images, `ipc` of every class (or all that there are), in class order."""
+        members = [self.train.members()[c] for c in self.kept]
+        which = random_subset(members, ipc, seed)
+        return self.train.subset(which[self.train.labels[which].argsort(stable=True)])
+
+    def with_labels(self, found: SyntheticSet, networks: list[ImageNetwork]) -> SyntheticSet:
+        """The set with feature labels as assigned, phi(E_k(x)), a network each, or those it brings."""
+        f = self.cfg.feature
+        if f is None or (found.features is not None and found.features.shape[2:] == self.label_shape):
+            return found
+        rows = []
+        x = self.train.normaliser(found.data).to(self.world.device)
+        for net in networks:
+            with torch.no_grad():
+                parts = [feature_of(net.with_map(part, f.layer_idx)[1], f.form, f.pooling) for part in x.split(PASS)]
+            labels = torch.cat(parts).cpu()
+            if f.scope == "class":
+                labels = torch.stack([labels[found.owner == c].mean(0) for c in self.kept])
+            rows.append(labels)
+        return SyntheticSet(
+            found.data, found.targets, found.owner, None, found.meta, torch.stack(rows), found.normaliser
+        )

@@ -1,0 +1,34 @@
+"""What a run of feature labels would do: values, the classes of each rank, memory, storage; starts nothing."""
+
+from pathlib import Path
+
+import torch
+
+from condenser.feature_labels import image_equivalents, label_shape
+from config import Resolved
+from distill_feat.feat_job import FeatConfig
+from utils.ddp import environment_rank, environment_size
+from utils.dry_run import print_classes, print_values
+from utils.image_networks import image_network
+
+GREY = ("digits", "mnist", "fashionmnist")
+
+
+def dry_run(resolved: Resolved[FeatConfig], folder: Path, ipc: int, work: str) -> None:
+    """Print the plan (rank 0)."""
+    if environment_rank():
+        return
+    cfg, f = resolved.config, resolved.config.feature
+    print_values(resolved, folder)
+    print_classes([1.0] * cfg.dataset.nclass, cfg.debug, environment_size())
+    d, channels = cfg.dataset, 1 if cfg.dataset.dataset in GREY else 3
+    if d.dataset != "digits" and (d.data_dir is None or not d.data_dir.exists()):
+        print(f"dataset.data_dir: {d.data_dir} is absent; nothing can be learned before it is there")
+    net, shape = image_network(cfg.network, channels, d.size, d.nclass, 0, "dry run"), (channels, d.size, d.size)
+    print(f"iterations: {work}; {sum(p.numel() for p in net.parameters())} weights")
+    if f is not None:
+        with torch.no_grad():
+            _, *rest = net.with_map(torch.zeros(2, *shape), f.layer_idx)[1].shape
+        label = label_shape((rest[0], rest[1], rest[2]), f.form)
+        equal = image_equivalents(shape, label, f.n_feat, ipc, f.scope)
+        print(f"storage: {ipc} images a class with F of shape {label} take as many bytes as {equal:.2f} images")
