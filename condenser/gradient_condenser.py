@@ -46,7 +46,7 @@ from utils.utils_image import ImageSet
 # Published steps on the set and epochs on the network between them, by images a class; DRUPI's for 5, 9, 48 and 49.
 SCHEDULE = {1: (1, 1), 5: (5, 10), 9: (10, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 48: (50, 10),
             49: (50, 10), 50: (50, 10)}  # fmt: skip
-CPU_TILE = 16  # images a pass where classes come one after another
+CPU_TILE = 64  # images a pass where classes come one after another
 BATCH_NORM_IMAGES = 16  # real images a class that give batch norm its statistics for the matching
 
 
@@ -196,8 +196,8 @@ class GradientCondenser(Learner):
         if not self.classes:
             return sums
         names = matched_names(net, [name for name, _ in net.named_parameters()], s.dis_metric)
-        eye = torch.eye(self.targets.shape[1], device=self.data.device)[self.classes][:, None]  # [K, 1, classes]
-        real_x = self.viewed([self.real(c, key) for c in self.classes], key)
+        eye = torch.eye(self.targets.shape[1]).to(self.data)[self.classes][:, None]  # [K, 1, classes]
+        real_x = self.viewed(self.real(self.classes, key), key)  # [K, B, C, H, W]
         real = class_gradients(net, names, real_x, eye.expand(-1, real_x.shape[1], -1), self.tile)
         x = self.viewed(self.data.unflatten(0, (-1, s.ipc)), key)  # [K, ipc, C, H, W]
         targets = eye.expand(-1, s.ipc, -1)
@@ -207,11 +207,15 @@ class GradientCondenser(Learner):
             place = (net, encoder, x.detach(), targets)
             sums["label_match"] = self.label_gradient(f, labels, every_label, real_encoder, *place)
         if s.learn_images:
-            syn = class_gradients(net, names, x, targets, self.tile)
-            loss = gradient_distance(syn, real, s.dis_metric).sum()
-            (self.data.grad,) = torch.autograd.grad(loss, self.data)
+            slopes = []  # of one class after another, so that only one graph lives at a time
+            for part in [slice(None)] if self.tile is None else [slice(i, i + 1) for i in range(len(x))]:
+                leaf = x[part].detach().requires_grad_()
+                syn = class_gradients(net, names, leaf, targets[part], self.tile)
+                loss = gradient_distance(syn, [g[part] for g in real], s.dis_metric).sum()
+                slopes.append(torch.autograd.grad(loss, leaf)[0])
+                sums["match"] += float(loss.detach())
+            (self.data.grad,) = torch.autograd.grad(x, self.data, torch.cat(slopes))
             self.image_optimizer.step()
-            sums["match"] = float(loss.detach())
         if labels is not None:
             self.label_optimizer.step()
         return sums
@@ -266,15 +270,17 @@ class GradientCondenser(Learner):
                     loss = labelled_loss(net, rows, self.targets[which], drawn, *where)
                 sgd_step(net, loss.mean(), s.lr_net)
 
-    def real(self, label: int, key: int) -> Tensor:
-        """Draw `key` of a class's real images, normalised [B, C, H, W]."""
-        return self.images.input(self.sampler.draw(label, key), self.data.device)
+    def real(self, classes: Sequence[int], key: int) -> Tensor:
+        """Draw `key` of the real images of classes, normalised [K, B, C, H, W]."""
+        which = torch.stack([self.sampler.draw(c, key) for c in classes])
+        return self.images.input(which.flatten(), self.data.device).to(self.data.dtype).unflatten(0, which.shape)
 
-    def viewed(self, rows: Sequence[Tensor] | Tensor, key: int) -> Tensor:
-        """Images of every class in its view of draw `key`, the same for real and synthetic ones: [K, n, C, H, W]."""
-        views = (
-            draw_augmentation(self.settings.aug_type, 1, generator(self.seed, "view", c, key)) for c in self.classes
-        )
+    def viewed(self, rows: Tensor, key: int) -> Tensor:
+        """Images [K, n, C, H, W] of every class in its view of draw `key`, the same for real and synthetic ones."""
+        kind = self.settings.aug_type
+        if not operations(kind):
+            return rows
+        views = (draw_augmentation(kind, 1, generator(self.seed, "view", c, key)) for c in self.classes)
         return torch.stack([view(part) for view, part in zip(views, rows, strict=True)])
 
     def whole(self, own: Tensor, owners: list[list[int]]) -> Tensor:
@@ -287,9 +293,8 @@ class GradientCondenser(Learner):
         """Eval mode, batch norm having seen some real images of every class (as published)."""
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
             net.train()
-            draws = [self.sampler.draw(c, key)[:BATCH_NORM_IMAGES] for c in self.every_class]
             with torch.no_grad():
-                net(self.images.input(torch.cat(draws), self.data.device))
+                net(self.real(self.every_class, key)[:, :BATCH_NORM_IMAGES].flatten(0, 1))
         net.eval()
 
     def logged(self) -> dict[str, float]:
