@@ -5,6 +5,7 @@ A gradient is a list of one tensor [K, *shape] a parameter for K classes, by eit
 time, so that a CPU's cache holds their maps; under vmap weight gradients become grouped convolutions, slow on a CPU.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -105,7 +106,8 @@ def label_gradients(
     def along(x: Tensor, *v: Tensor) -> Tensor:
         return jvp(lambda values: call(values, x), (values,), (dict(zip(values, v, strict=True)),))[1]
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's rules for jvp still use its deprecated torch.jit
         if tile is None:
             found = vmap(along)(x, *v)
         else:

@@ -1,13 +1,35 @@
-"""Our batched, cached condensers against a plain loop over the classes, in float64."""
+"""The two sides of every benchmark compute the same: losses and gradients in float64, before anything is timed."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from scripts import bench_ncfm_image, bench_ncfm_text
-from utils.ddp import process_group
+from scripts import bench_dc, bench_ncfm_image, bench_ncfm_text
+from utils.ddp import World, process_group
 
 
-@pytest.mark.parametrize("bench", [bench_ncfm_text, bench_ncfm_image])
-def test_loss_and_gradient_equal_those_of_a_loop_over_classes(bench) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("compare", [bench_ncfm_text.compare, bench_ncfm_image.compare, bench_dc.compare])
+def test_both_sides_have_the_same_gradients(compare: Callable[[World], float]) -> None:
     with process_group(torch.device("cpu")) as world:
-        assert bench.compare(world) < 1e-8
+        assert compare(world) < 1e-8
+
+
+def test_operations_of_a_batched_step_do_not_grow_with_the_classes() -> None:
+    with process_group(torch.device("cpu")) as world:
+        few, many = (bench_dc.operations(bench_dc.Shapes(8, 8, n, 2, 4), world) for n in (2, 10))
+    assert few == many
+
+
+@pytest.mark.slow
+def test_compiled_condenser_embeds_the_real_side_alike() -> None:
+    shapes = bench_ncfm_image.Shapes(32, 16, 3, 6, 2, 32, 16)  # wide enough for Winograd's convolution
+    with process_group(torch.device("cpu")) as world:
+        plain, compiled = (bench_ncfm_image.make(shapes, world, torch.float64, compiled=c) for c in (False, True))
+        for c in (plain, compiled):
+            c.prepare(0)
+            c.match()
+    a, b = plain.kept[0].means, compiled.kept[0].means
+    assert a is not None and b is not None
+    torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(compiled.data.grad, plain.data.grad, rtol=1e-8, atol=1e-10)
