@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from condenser.compute_loss_image import compute_calib_loss, compute_match_loss
@@ -14,7 +14,7 @@ from condenser.synthetic_image import DecodeType, check_decoding, decode, initia
 from condenser.synthetic_set import SyntheticSet, checked, load_synthetic
 from config import ConfigError
 from NCFM.cf_loss import real_embedding
-from utils.augment import draw_augmentation, operations
+from utils.augment import AugType, draw_augmentation
 from utils.ddp import World
 from utils.streams import generator
 from utils.teachers import TeacherBank
@@ -29,17 +29,10 @@ class ImageCondenseConfig(MatchConfig):
 
     factor: int = Field(2, ge=1)  # tiles a side of a stored image
     decode_type: DecodeType = "single"
-    aug_type: str = "color_crop_cutout"  # of real and synthetic images alike
+    aug_type: AugType = "color_crop_cutout"  # of real and synthetic images alike
     image_budget: int = Field(512, ge=1)  # images of one forward pass
     real_precision: Literal["float32", "bfloat16"] = "float32"  # of the real images' forward pass
     compile: bool = False  # torch.compile, and on a CPU Winograd's convolution for real images in float32
-
-    @field_validator("aug_type")
-    @classmethod
-    def known(cls, value: str) -> str:
-        """Every operation exists."""
-        operations(value)
-        return value
 
 
 class Condenser(ClassCondenser):

@@ -2,8 +2,8 @@
 
 set.safetensors has images [N, C, H, W] float32, about 0 ... 1 (learned ones reach over); labels int64 [N], or
 soft_labels [N, classes] where a row is not one-hot; features [K, N, *form], or [K, classes, *form] with scope: class;
-and owner int64 [N], the class that each sample was learned for, where it is not the label. set.json has normaliser, notes, shapes and bytes by part.
-load.py (`LOADER`) needs torch and safetensors only.
+and owner int64 [N], the class that each sample was learned for, where it is not the label. set.json has normaliser,
+notes, shapes and bytes by part. load.py (`LOADER`) needs torch and safetensors only.
 """
 
 import hashlib

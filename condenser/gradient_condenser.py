@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from condenser.feature_labels import (
@@ -35,7 +35,7 @@ from condenser.gradient_matching import (
 from condenser.loop import Learner, LoopConfig, Rows
 from condenser.synthetic_set import Note, SyntheticSet
 from config import LocalPath
-from utils.augment import draw_augmentation, operations
+from utils.augment import AugType, draw_augmentation, operations
 from utils.ddp import World
 from utils.image_networks import ImageNetwork
 from utils.losses import task_loss
@@ -65,15 +65,8 @@ class GradientConfig(LoopConfig):
     mom_img: float = Field(0.5, ge=0, lt=1)
     lr_net: float = Field(0.01, gt=0)
     batch_train: int = Field(256, ge=1)
-    aug_type: str = "none"  # DSA: of real and synthetic images alike, as in color/crop/cutout/flip/scale/rotate
+    aug_type: AugType = "none"  # DSA: of real and synthetic images alike, as in color/crop/cutout/flip/scale/rotate
     batched: bool | None = None  # gradients of all classes in one pass, as suits a GPU; None: on a GPU
-
-    @field_validator("aug_type")
-    @classmethod
-    def known(cls, value: str) -> str:
-        """Every operation exists."""
-        operations(value)
-        return value
 
     @model_validator(mode="after")
     def check(self) -> "GradientConfig":

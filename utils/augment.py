@@ -6,10 +6,11 @@ Differentiable Siamese augmentation (Zhao & Bilen, 2021): real and synthetic ima
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Generator, Tensor
 
 from config import ConfigError, Section
@@ -37,6 +38,15 @@ def operations(strategy: str) -> tuple[tuple[str, ...], ...]:
             f"augmentation: '{wrong[0]}' is not one of {', '.join(OPERATIONS)}{nearest(wrong[0], OPERATIONS)}"
         )
     return steps
+
+
+def known(strategy: str) -> str:
+    """A strategy, all of whose operations exist. Raises ConfigError."""
+    operations(strategy)
+    return strategy
+
+
+AugType = Annotated[str, AfterValidator(known)]
 
 
 @dataclass(frozen=True)
@@ -216,16 +226,9 @@ def view_logits(
 class BatchAugmentConfig(Section):
     """What a training batch goes through; a base of the sections that train on images."""
 
-    aug_type: str = "none"  # of every image on its own, as in color_flip_crop/scale: `/` for one of them a batch
+    aug_type: AugType = "none"  # of every image on its own, as in color_flip_crop/scale: `/` for one of them a batch
     cutmix: float = Field(0.0, ge=0, le=1)  # probability; the share of the other image is uniform
     mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution of shares; 0 = off
-
-    @field_validator("aug_type")
-    @classmethod
-    def known(cls, value: str) -> str:
-        """Every operation exists."""
-        operations(value)
-        return value
 
     @model_validator(mode="after")
     def one_mixture(self) -> "BatchAugmentConfig":
