@@ -21,7 +21,7 @@ from utils.teachers import TeacherBank
 from utils.utils_image import ImageSet
 from utils.winograd import follow, with_winograd
 
-CACHED_FLOATS = 2**21  # of the largest map in a compiled pass on a CPU: maps that stay in its cache
+CACHED_FLOATS = 2**21  # a thread, of the largest map in a compiled pass on a CPU: maps that stay in its cache
 
 
 class ImageCondenseConfig(MatchConfig):
@@ -134,7 +134,8 @@ class Condenser(ClassCondenser):
         if not self.settings.compile:
             return self.real_pass(x).features
         width = max((p.shape[0] for p in self.real_network.parameters() if p.ndim == 4), default=1)
-        small = max(1, CACHED_FLOATS // (width * x.shape[-1] ** 2))
+        floats = CACHED_FLOATS * torch.get_num_threads() * (2 if self.settings.real_precision == "bfloat16" else 1)
+        small = max(1, floats // (width * x.shape[-1] ** 2))
         size = small if self.device.type == "cpu" else self.settings.image_budget
         padded = nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, -len(x) % size))
         return torch.cat([self.real_pass(part).features for part in padded.split(size)], 1)[:, : len(x)]

@@ -101,11 +101,14 @@ def crop(x: Tensor, u: Tensor) -> Tensor:
     """A shift by whole pixels, at most CROP of a side, zeros coming in."""
     count, _, height, width = x.shape
     most = [int(side * CROP + 0.5) for side in (height, width)]
-    rows, columns = (
-        (u[:, i] * (2 * m + 1)).long().clamp_max(2 * m)[:, None].expand(count, -1) + torch.arange(side, device=x.device)
-        for i, m, side in ((0, most[0], height), (1, most[1], width))
-    )
     padded = F.pad(x, (most[1], most[1], most[0], most[0]))
+    first = [(u[:, i] * (2 * m + 1)).long().clamp_max(2 * m) for i, m in enumerate(most)]  # row and column [B or 1]
+    if len(u) == 1:
+        row, column = map(int, first)
+        return padded[..., row : row + height, column : column + width]
+    rows, columns = (
+        start[:, None] + torch.arange(side, device=x.device) for start, side in zip(first, (height, width), strict=True)
+    )
     every = torch.arange(count, device=x.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[every, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
