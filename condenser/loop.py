@@ -98,8 +98,7 @@ def learning_loop(learner: Learner, run: RunFolder, flag: StopFlag, score: Score
         values = {"iteration": done, **{name: value / count for name, value in sums.items()}}
         if not all(map(math.isfinite, sums.values())):
             raise ConfigError(
-                f"iteration {done}: the loss is not finite; the last saved state is kept: lower the learning rate of "
-                "what is learned (optimization.lr_img)"
+                f"iteration {done}: the loss is not finite; the last saved state is kept: lower lr_img (and lr_feat)"
             )
         note = " ".join(f"{name} {values[name]:.3f}" for name in own if name != "count")
         values |= learner.logged()

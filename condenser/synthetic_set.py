@@ -96,7 +96,7 @@ def check_labelling(found: SyntheticSet, path: Path) -> None:
     if not found.features.is_floating_point() or found.features.ndim < 3 or not len(found.features):
         kind, shape = str(found.features.dtype).removeprefix("torch."), tuple(found.features.shape)
         raise ConfigError(f"{path}: features of shape {shape} and type {kind}; they are [labels, rows, ...] of floats")
-    classes = found.targets.shape[1] if found.targets.ndim == 2 else int(found.targets.max()) + 1
+    classes = len(found.owner.unique())  # of all those that the samples were learned for
     rows, owners = (classes, "classes") if scope == "class" else (len(found.data), "samples")
     if found.features.shape[1] != rows:
         raise ConfigError(f"{path}: features of {found.features.shape[1]} rows for {rows} {owners} (scope: {scope})")

@@ -13,6 +13,8 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
 from pathlib import Path
 
+from pydantic import model_validator
+
 from condenser.export import export
 from condenser.gradient_condenser import GradientCondenser, GradientConfig
 from condenser.loop import learning_loop
@@ -41,6 +43,16 @@ class DcConfig(FeatConfig):
     """A run of DC."""
 
     condense: GradientConfig
+
+    @model_validator(mode="after")
+    def something(self) -> "DcConfig":
+        """Something is learned."""
+        if self.condense.niter and not self.condense.learn_images and not (self.feature and self.feature.learn):
+            raise ValueError(
+                "condense.learn_images: false, and no feature labels are learned either; set it true, feature.learn: "
+                "true, or condense.niter: 0 to judge the start"
+            )
+        return self
 
 
 def learn_folder(cfg: DcConfig, seed: int) -> Path:

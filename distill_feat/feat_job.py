@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from condenser.coresets import random_subset
+from condenser.export import sha256
 from condenser.feature_labels import FeatureConfig, Shape, feature_of, label_shape
 from condenser.feature_student import PASS, StudentConfig
 from condenser.synthetic_set import Note, SyntheticSet, checked, load_synthetic
@@ -15,6 +18,7 @@ from utils.augment import Augmenter, BatchAugmentConfig
 from utils.ddp import World, kept_classes
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, NetType, image_network
 from utils.run_folder import claim, log, short_hash
+from utils.sampling import training_batch
 from utils.stopping import StopFlag
 from utils.streams import generator
 from utils.teachers import PretrainConfig, load_bank, missing_members, train_bank
@@ -32,6 +36,8 @@ DATASETS = {
 POOLINGS = {"none": ("feature.form=map", "feature.pooling=avg")} | {
     pool: ("feature.form=channel", f"feature.pooling={pool}") for pool in ("avg", "max", "sum")
 }
+LAST = {name: ("feature.layer_idx=null",) for name in ("none", "None")}
+NORM_BATCHES = 16  # whose mean statistics batch norm gets
 # The requirement's flags.
 OPTIONS = (
     Option("data_path", "dataset.data_dir", "path", "folder of the data set"),
@@ -46,7 +52,7 @@ OPTIONS = (
     Option("lr_feat", "feature.lr_feat", "value", "step size of feature labels"),
     Option("feat_opt", "feature.feat_opt", "value", "their optimiser", ("sgd", "adam")),
     Option("pooling", "feature.pooling", "value", "none: F is the map, else a channel", tuple(POOLINGS), POOLINGS),
-    Option("layer_idx", "feature.layer_idx", "value", "block whose map is labelled, 1 = the first"),
+    Option("layer_idx", "feature.layer_idx", "value", "block whose map is labelled, 1 = the first", expands=LAST),
     Option("n_feat", "feature.n_feat", "value", "labels of a sample"),
     Option("use_feature", "feature.use_feature", "value", "of several labels", ("mean", "random")),
     Option("batch_real", "dataset.batch_real", "value", "real images of a class and step"),
@@ -90,6 +96,16 @@ class FeatConfig(Section):
     save_dir: LocalPath = Path("../results")
     pretrained_dir: LocalPath = Path("../pretrained_models")
 
+    @model_validator(mode="after")
+    def check(self) -> "FeatConfig":
+        """Cross-section rules."""
+        if self.evaluation.batch_invariant == "train" and self.network.norm_type == "batch":
+            raise ValueError(
+                "evaluation.batch_invariant: train, but network.norm_type: batch mixes the samples of a batch; set "
+                "eval, or norm_type: instance"
+            )
+        return self
+
     @property
     def seeds(self) -> tuple[int, ...]:
         """Of the sets to learn."""
@@ -108,6 +124,7 @@ class FeatJob:
         )
         self.classes, self.origin = corpus.classes, {"images": corpus.fingerprint}
         self.kept = list(range(kept_classes(cfg.dataset.nclass, cfg.debug)))
+        self.map_shape = self.map_shape_of(self.fresh(0, "shape"))  # (C, H, W) of the labelled maps
 
     def fresh(self, seed: int, purpose: str, *ids: int, kind: NetType | None = None) -> ImageNetwork:
         """A network with weights of the stream (seed, purpose, ids...), of the configured kind or another."""
@@ -123,11 +140,6 @@ class FeatJob:
     def image_shape(self) -> Shape:
         """(C, H, W) of an image."""
         return self.train.channels, self.train.size, self.train.size
-
-    @property
-    def map_shape(self) -> Shape:
-        """(C, H, W) of the labelled maps."""
-        return self.map_shape_of(self.fresh(0, "shape"))
 
     def map_shape_of(self, net: ImageNetwork) -> Shape:
         """(C, H, W) of a network's maps at the labelled block. Raises ConfigError for a block that it has not."""
@@ -164,7 +176,20 @@ class FeatJob:
             bank = load_bank(folder, count, epochs, nets[0].to(world.device), world.device)
             for i, net in enumerate(nets):
                 bank.interpolate(net.to(world.device), i, 0.0)
-        return [net.to(world.device).eval().requires_grad_(False) for net in nets]
+        for i, net in enumerate(nets):
+            self.measure_statistics(net.to(world.device).requires_grad_(False), settings.batch_size, settings.seed, i)
+        return [net.eval() for net in nets]
+
+    def measure_statistics(self, net: ImageNetwork, batch: int, *name: int) -> None:
+        """Give batch norm its statistics, the mean over real batches: saved networks are parameters only."""
+        norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+        for module in norms:
+            module.momentum = None
+        net.train()
+        with torch.no_grad():
+            for step in range(NORM_BATCHES if norms else 0):
+                which = training_batch(self.train.lengths, batch, step, *name)
+                net(self.train.input(which, self.world.device))
 
     def notes(self) -> dict[str, Note]:
         """What a learned set says of itself."""
@@ -180,41 +205,65 @@ class FeatJob:
 
     def start(self, init: str, load_path: Path | None, seed: int) -> SyntheticSet:
         """The set as it starts, from its artefact, which is made where it is not there."""
-        cfg = self.cfg
+        cfg, world = self.cfg, self.world
         values = named(cfg, ("dataset.", "network.", "pretrain.", "feature", "debug")) | {"load_path": str(load_path)}
+        if init == "load" and load_path and load_path.is_file():
+            values["loaded"] = sha256(load_path)
         name = f"start_{init}_seed{seed}_{short_hash(values)}"
-        folder = Path(self.world.broadcast(str(cfg.pretrained_dir / cfg.dataset.dataset / f"ipc{self.ipc}" / name)))
+        folder = Path(world.broadcast(str(cfg.pretrained_dir / cfg.dataset.dataset / f"ipc{self.ipc}" / name)))
         path = folder / "syn_data_0.pth"
-        networks = self.trained(cfg.feature.n_feat, cfg.feature.epochs) if cfg.feature else []
-        if self.world.main:
+        there = world.broadcast(path.exists())
+        first = None if there else self.first_images(init, load_path, seed)
+        if world.main:
             claim(folder, self.origin, "delete the folder")
-            if path.exists():
-                log.info(f"start: {path}")
-            else:
-                self.with_labels(self.first_images(init, load_path, seed), networks).save(path)
-                log.info(f"start written: {path}")
-        self.world.barrier()
+        if first is not None:
+            assigned = cfg.feature if first.features is None else None
+            networks = self.trained(assigned.n_feat, assigned.epochs) if assigned else []
+            if world.main:
+                self.with_labels(first, networks).save(path)
+            world.barrier()
+        log.info(f"start{'' if there else ' written'}: {path}")
         return load_synthetic(path)
 
     def first_images(self, init: str, load_path: Path | None, seed: int) -> SyntheticSet:
-        """Images that start a set: real ones, noise in the normaliser's units, or those of another set."""
+        """Images that start a set: real ones, noise in the normaliser's units, or those of another set, with its labels
+        where they are of the configured kind. Raises ConfigError where there are too few, or too many."""
         nclass, norm = self.cfg.dataset.nclass, self.train.normaliser
         owner = torch.tensor(self.kept).repeat_interleave(self.ipc)
         if init == "load" and load_path:
             found = checked(load_synthetic(load_path), load_path, self.image_shape, nclass)
+            if found.meta.get("factor", 1) != 1:
+                raise ConfigError(f"{load_path}: factor {found.meta['factor']}, each image is several; take factor: 1")
             keep = torch.isin(found.owner, torch.tensor(self.kept)).nonzero().flatten()
             keep = keep[found.owner[keep].argsort(stable=True)]
             if found.owner[keep].tolist() != owner.tolist():
-                counts = found.owner.bincount(minlength=nclass).tolist()
-                raise ConfigError(f"{load_path}: has {counts} images a class, condense.ipc is {self.ipc}")
-            labels = None if found.features is None or found.meta.get("scope") == "class" else found.features[:, keep]
+                counts = sorted(set(found.owner.bincount(minlength=nclass)[self.kept].tolist()))
+                shown = " or ".join(map(str, counts))
+                raise ConfigError(f"{load_path}: has {shown} images a class, condense.ipc is {self.ipc}: set it alike")
+            labels = self.brought_labels(found, keep)
             return SyntheticSet(found.data[keep].float(), found.targets[keep], owner, None, self.notes(), labels, norm)
         if init == "noise":
             noise = torch.randn(len(owner), *self.image_shape, generator=generator(seed, "noise"))
             pixels = noise * norm.std[:, None, None] + norm.mean[:, None, None]
         else:
-            pixels = self.real(self.ipc, seed).pixels(torch.arange(len(owner))).cpu()
+            real = self.real(self.ipc, seed)
+            if len(real) < len(owner):
+                least = min(len(self.train.members()[c]) for c in self.kept)
+                raise ConfigError(f"condense.ipc: {self.ipc}, but a class has {least} images to start from: lower it")
+            pixels = real.pixels(torch.arange(len(real))).cpu()
         return SyntheticSet(pixels, torch.eye(nclass)[owner], owner, None, self.notes(), None, norm)
+
+    def brought_labels(self, found: SyntheticSet, keep: Tensor) -> Tensor | None:
+        """Feature labels [K, n, *form] of a loaded set's samples `keep` [n], or None where they are of another kind."""
+        f, features, own = self.cfg.feature, found.features, self.notes()
+        if f is None or features is None:
+            return None
+        if any(found.meta.get(key) != own[key] for key in ("form", "pooling", "layer_idx", "scope")) or (
+            (len(features), *features.shape[2:]) != (f.n_feat, *self.label_shape)
+        ):
+            log.info("the loaded set's feature labels are of another kind: they are assigned anew")
+            return None
+        return features[:, keep if f.scope == "sample" else self.kept]
 
     def real(self, ipc: int, seed: int) -> ImageSet:
         """Random real images, `ipc` of every class (or all that there are), in class order."""
@@ -225,7 +274,7 @@ class FeatJob:
     def with_labels(self, found: SyntheticSet, networks: list[ImageNetwork]) -> SyntheticSet:
         """The set with feature labels as assigned, phi(E_k(x)), a network each, or those it brings."""
         f = self.cfg.feature
-        if f is None or (found.features is not None and found.features.shape[2:] == self.label_shape):
+        if f is None or found.features is not None:
             return found
         rows = []
         x = self.train.normaliser(found.data).to(self.world.device)

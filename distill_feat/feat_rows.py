@@ -60,7 +60,7 @@ class FeatRows:
             return job.ipc
         budget = self.floats("distilled_feature", job.ipc) / math.prod(job.image_shape)
         soft = job.cfg.dataset.nclass if row in SOFT else 0
-        return fair_ipc(budget, job.image_shape, (), 0, "sample", soft)
+        return max(1, fair_ipc(budget, job.image_shape, (), 0, "sample", soft))
 
     def get(self, row: RowName, seed: int) -> FeatureSet:
         """The training set of a row."""
@@ -187,8 +187,9 @@ def held_out_numbers(job: FeatJob, found: SyntheticSet, seed: int) -> dict[str, 
         net = job.fresh(seed, "held-out student")
         stream = (seed, "held-out student", 0)
         score = judge_feature_student(
-            net, feature_set(found, labelled), cfg.feature, job.val, job.val, cfg.evaluation, job.world.device, stream
-        )
+            net, feature_set(found, labelled), cfg.feature, job.val, job.val, cfg.evaluation, job.world.device, stream,
+            job.flag.check,
+        )  # fmt: skip
         numbers |= {name: score.last, f"{name}, views": score.last_views}
     return numbers
 
