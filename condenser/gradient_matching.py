@@ -60,7 +60,7 @@ def class_gradients(
     def losses(net: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
         return task_loss(net(x).logits, targets, multilabel=False)
 
-    return _gradients(*_free(net, names, losses), (x, targets), tile)
+    return _gradients(*free(net, names, losses), (x, targets), tile)
 
 
 def feature_class_gradients(
@@ -80,7 +80,7 @@ def feature_class_gradients(
     def losses(net: ImageNetwork, x: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
         return labelled_loss(net, x, targets, labels, lbd, form, pool, layer_idx)
 
-    return _gradients(*_free(net, names, losses), (x, targets, labels), tile)
+    return _gradients(*free(net, names, losses), (x, targets, labels), tile)
 
 
 def label_gradients(
@@ -101,7 +101,7 @@ def label_gradients(
     def features(net: ImageNetwork, x: Tensor) -> Tensor:
         return feature_of(net.with_map(x, layer_idx)[1], form, pool)
 
-    call, values = _free(net, names, features)
+    call, values = free(net, names, features)
 
     def along(x: Tensor, *v: Tensor) -> Tensor:
         return jvp(lambda values: call(values, x), (values,), (dict(zip(values, v, strict=True)),))[1]
@@ -116,21 +116,22 @@ def label_gradients(
         return found * (-2 * lbd / found[0].numel())
 
 
-class _Body(nn.Module):
+class Body(nn.Module):
+    """`body(net, *samples)` as the `forward` that torch's functional call wants."""
+
     def __init__(self, net: nn.Module, body: Callable[..., Tensor]) -> None:
         super().__init__()
         self.net, self.body = net, body
 
     def forward(self, *samples: Tensor) -> Tensor:
+        """What the body says."""
         return self.body(self.net, *samples)
 
 
-def _free(
-    net: nn.Module, names: Sequence[str], body: Callable[..., Tensor]
-) -> tuple[Callable[..., Tensor], Parameters]:
-    # body(net, *samples) as a function of the named parameters, and their values
+def free(net: nn.Module, names: Sequence[str], body: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Parameters]:
+    """`body(net, *samples)` as a function (named parameters, *samples), and those parameters' values."""
     values = {f"net.{name}": p.detach() for name, p in net.named_parameters()}
-    module = _Body(net, body)
+    module = Body(net, body)
     return (
         lambda chosen, *samples: functional_call(module, {**values, **chosen}, samples),
         {f"net.{name}": values[f"net.{name}"] for name in names},

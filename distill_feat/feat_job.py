@@ -13,7 +13,7 @@ from condenser.feature_labels import FeatureConfig, Shape, feature_of, label_sha
 from condenser.feature_student import PASS, StudentConfig
 from condenser.synthetic_set import Note, SyntheticSet, checked, load_synthetic
 from config import ConfigError, LocalPath, Option, Section, named
-from distill_feat.feat_names import RowName
+from distill_feat.feat_names import DATASETS, LAST, MODELS, POOLINGS, TEN, RowName
 from utils.augment import Augmenter, BatchAugmentConfig
 from utils.ddp import World, kept_classes
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, NetType, image_network
@@ -24,24 +24,13 @@ from utils.streams import generator
 from utils.teachers import PretrainConfig, load_bank, missing_members, train_bank
 from utils.utils_image import ImageDatasetConfig, ImageSet, load_images
 
-IMAGENET_SUBSETS = ("imagenette", "imagewoof", "imagefruit", "imagemeow", "imagesquawk", "imageyellow")
-DATASETS = {
-    "CIFAR10": ("dataset.dataset=cifar10", "dataset.nclass=10", "dataset.size=32", "network.depth=3"),
-    "CIFAR100": ("dataset.dataset=cifar100", "dataset.nclass=100", "dataset.size=32", "network.depth=3"),
-    "Tiny": ("dataset.dataset=tinyimagenet", "dataset.nclass=200", "dataset.size=64", "network.depth=4"),
-} | {
-    name: (f"dataset.dataset={name}", "dataset.nclass=10", "dataset.size=128", "network.depth=5")
-    for name in IMAGENET_SUBSETS
-}  # fmt: skip
-POOLINGS = {"none": ("feature.form=map", "feature.pooling=avg")} | {
-    pool: ("feature.form=channel", f"feature.pooling={pool}") for pool in ("avg", "max", "sum")
-}
-LAST = {name: ("feature.layer_idx=null",) for name in ("none", "None")}
 NORM_BATCHES = 16  # whose mean statistics batch norm gets
 # The requirement's flags.
 OPTIONS = (
     Option("data_path", "dataset.data_dir", "path", "folder of the data set"),
-    Option("dataset", "dataset.dataset", "value", "data set, with its size and classes", tuple(DATASETS), DATASETS),
+    Option("dataset", "dataset.dataset", "value", "with its size, classes and depth", tuple(DATASETS), DATASETS),
+    Option("subset", "dataset.dataset", "value", "ten classes of ImageNet, named after --dataset", tuple(TEN), TEN),
+    Option("model", "network.net_type", "value", "kind of network, named after --dataset", expands=MODELS),
     Option("ipc", "condense.ipc", "value", "images to learn per class"),
     Option("init", "condense.init", "value", "where they start", ("real", "noise", "load")),
     Option("load_path", "condense.load_path", "path", "a saved set for --init load"),
@@ -64,7 +53,6 @@ OPTIONS = (
     Option("Iteration", "condense.niter", "value", "iterations"),
     Option("num_exp", "num_exp", "value", "sets to learn, from seed, seed + 1 ..."),
     Option("num_eval", "evaluation.repeat", "value", "students of a row and set"),
-    Option("model", "network.net_type", "value", "kind of network"),
 )  # fmt: skip
 
 
