@@ -57,7 +57,7 @@ def split_parameters(net: nn.Module, theta: Tensor) -> list[Tensor]:
 
 
 def flat_network(net: nn.Module, body: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`body(net, *samples)` as a function (theta [P], *samples) that reads no parameter of the network's own."""
+    """`body(net, *samples)` as a function (theta [P], *samples); only buffers are still read from the network."""
     call, values = free(net, [name for name, _ in net.named_parameters()], body)
     return lambda theta, *samples: call(dict(zip(values, split_parameters(net, theta), strict=True)), *samples)
 
@@ -73,20 +73,15 @@ def match_trajectory(
     theta: Tensor,
     target: Tensor,
     alpha: Tensor,
-    leaves: Sequence[Tensor],
+    leaves: Sequence[Tensor],  # at least one; `loss` goes through them
     parts: Parts,
-    mode: Mode = "exact",
-    keep: int = 0,
+    mode: Mode = "exact",  # tesla: first order, every theta_i a constant (Cui et al., ICML 2023, its lost 2 put back)
+    keep: int = 0,  # last steps whose graphs are kept, not replayed
     limit: float = math.inf,
-    total: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+    total: Callable[[Tensor], Tensor] = torch.Tensor.detach,  # sum over ranks that share out the samples of a step
 ) -> Match:
-    """L of a student from theta [P] after len(parts) steps of size alpha [], and its gradient by alpha and by `leaves`,
-    at least one, through which `loss` goes: `torch.autograd.backward((*leaves, alpha), found.gradients)`.
-
-    exact: that of the full unroll. tesla: of the first order, every theta_i a constant (TESLA: Cui et al., ICML 2023,
-    without its lost factor 2). The last `keep` steps keep their graphs instead of being replayed. With a sum over ranks
-    as `total`, a step's samples may be shared out: then L is everyone's, and the gradients are still to be summed.
-    """
+    """Match of a student at theta [P] after len(parts) steps of size alpha [] with target [P]. Then
+    `torch.autograd.backward((*leaves, alpha), found.gradients)`; ranks that share out samples sum gradients first."""
 
     def gradients(i: int, graph: bool) -> Iterator[Tensor]:
         for part in parts[i]:
@@ -190,11 +185,10 @@ def raw_step_size(alpha: float, start: float) -> float:
 def gsam_direction(
     loss_grad: Callable[[Tensor], Tensor], w: Tensor, rho: float, alpha: float, adaptive: bool = True
 ) -> Tensor:
-    """What to go down from w [P] (GSAM: Zhuang et al., ICLR 2022; for flat trajectories FTD: Du et al., CVPR 2023):
-    g_p - alpha g_perp, g_p at w + rho w^2 g / |w g| (ASAM; adaptive false: w + rho g / |g|), g_perp that of g normal to
-    g_p. Both calls of `loss_grad` see the same batch."""
+    """What to go down from w [P] (GSAM: Zhuang et al., ICLR 2022; FTD: Du et al., CVPR 2023): g_p - alpha g_perp, g_p
+    at w + rho w^2 g / |w g| (not adaptive: rho g / |g|), g_perp what of g is normal to g_p. Both see one batch."""
     g = loss_grad(w)
-    size = w.abs() if adaptive else torch.ones_like(w)
+    size = w if adaptive else torch.ones_like(w)
     p = loss_grad(w + rho * size.square() * g / ((size * g).norm() + GSAM_EPS))
     return p - alpha * (g - (g @ p) / (p @ p).clamp_min(GSAM_EPS**2) * p)
 
@@ -202,8 +196,8 @@ def gsam_direction(
 def start_window(
     iteration: int, lowest: int, current: int, highest: int, expansion_end: int, sequential: bool
 ) -> range:
-    """Epochs at which a student may start (DATM: Guo et al., ICLR 2024): lowest to highest - 1; sequential: to
-    current - 1 at first, growing to the whole by iteration `expansion_end`. MTT: `range(max_start_epoch)`."""
+    """Epochs lowest to highest - 1 at which a student may start (DATM: Guo et al., ICLR 2024); sequential: at first to
+    current - 1, growing to the whole by iteration `expansion_end`."""
     if not sequential:
         return range(lowest, highest)
     return range(lowest, min(highest, current + (highest - current) * iteration // expansion_end))

@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -272,10 +273,10 @@ def saved_peak(work: Callable[[], Any]) -> int:
 def test_what_autograd_holds_does_not_grow_with_the_steps_and_shrinks_with_micro_batches(mode: Mode) -> None:
     p = problem()
     four, sixteen, small = (
-        saved_peak(lambda s=steps, m=most: p.match(s, m, mode)) for steps, most in ((4, B), (16, B), (16, 1))
+        saved_peak(partial(p.match, steps, most, mode)) for steps, most in ((4, B), (16, B), (16, 1))
     )
     assert four == sixteen > 1.5 * small
-    plain = [saved_peak(lambda s=steps: unroll(p, s)) for steps in (4, 16)]
+    plain = [saved_peak(partial(unroll, p, steps)) for steps in (4, 16)]
     assert plain[1] > 3.5 * plain[0] > 7 * four
 
 
@@ -336,9 +337,9 @@ def test_a_step_size_is_positive_and_moves_as_its_raw_value_does(start: float) -
         assert step_size(raw, start).item() == pytest.approx(alpha, rel=1e-9)
     for raw in torch.tensor([-1e9, -10.0, -start, -1e-30, 0.0, 1e-30, start, 10.0, 1e9]):
         raw.requires_grad_()
-        alpha = step_size(raw, start)
-        (slope,) = torch.autograd.grad(alpha, raw)
-        assert 0 < alpha.item() < math.inf and 0 < slope.item() <= 1
+        found = step_size(raw, start)
+        (slope,) = torch.autograd.grad(found, raw)
+        assert 0 < found.item() < math.inf and 0 < slope.item() <= 1
     raw = torch.tensor(raw_step_size(start, start), dtype=torch.float64, requires_grad=True)
     step_size(raw, start).backward()
     assert raw.grad is not None and 0.985 < raw.grad.item() < 1
@@ -362,7 +363,12 @@ def test_gsam_has_asam_sam_and_sgd_as_its_limits() -> None:
 def test_gsam_goes_against_what_of_the_gradient_is_normal_to_the_perturbed_one() -> None:
     slope, w = quadratic()
     places: list[Tensor] = []
-    found = gsam_direction(lambda v: (places.append(v), slope(v))[1], w, 0.3, 0.4)
+
+    def watched(at: Tensor) -> Tensor:
+        places.append(at)
+        return slope(at)
+
+    found = gsam_direction(watched, w, 0.3, 0.4)
     g, p = (slope(v).numpy() for v in places)
     assert ((places[1] - w) / w).norm().item() == pytest.approx(0.3)  # ASAM's ball, scaled by |w|
     cosine = g @ p / (np.linalg.norm(g) * np.linalg.norm(p))
