@@ -17,7 +17,7 @@ def dry_run(resolved: Resolved[ImageConfig]) -> None:
     print_values(resolved, condense_folder(cfg))
     print_classes(class_costs(cfg), cfg.debug, ranks)
     d = cfg.dataset
-    if d.dataset != "digits" and (d.data_dir is None or not d.data_dir.exists()):
+    if d.absent:
         print(f"dataset.data_dir: {d.data_dir} is absent; {d.batch_real} images of every class are assumed")
     estimate(cfg, ranks)
 
@@ -25,12 +25,11 @@ def dry_run(resolved: Resolved[ImageConfig]) -> None:
 def estimate(cfg: ImageConfig, ranks: int) -> None:
     """Print memory and work of one iteration, from shapes alone."""
     c, d = cfg.condense, cfg.dataset
-    channels = 1 if d.dataset in ("digits", "mnist", "fashionmnist") else 3
-    net = image_network(cfg.network, channels, d.size, d.nclass, 0, "dry run")
+    net = image_network(cfg.network, d.channels, d.size, d.nclass, 0, "dry run")
     weights = sum(p.numel() for p in net.parameters())
     rows = -(-d.nclass // ranks) * c.ipc
     moments = {"sgd": 1, "adam": 2, "adamw": 2}[cfg.optimization.optimizer]
-    data = rows * channels * d.size**2 * 4 * (2 + moments)
+    data = rows * d.channels * d.size**2 * 4 * (2 + moments)
     real, synthetic = d.nclass * d.batch_real / c.refresh / ranks, rows * samples_per_image(c.factor, c.decode_type)
     print(
         f"memory per rank, about: images with gradient and optimiser {data / 1e9:.3f} GB, teachers "

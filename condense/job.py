@@ -9,7 +9,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from condenser.evaluator import EvaluationConfig, StudentScore, TrainingSet
-from condenser.matching import ClassCondenser, MatchConfig, OptimizationConfig
+from condenser.matching import ClassCondenser, MatchConfig
+from condenser.optimization import OptimizationConfig
 from condenser.synthetic_set import SyntheticSet
 from config import LocalPath, Option, Section, named
 from config.loader import flatten

@@ -19,8 +19,8 @@ def learn(job: Job, run: RunFolder, flag: StopFlag) -> None:
     result = condenser.condense(job.cfg.optimization, run, flag, held_out_score(job), job.cfg.debug)
     if job.world.main:
         report(job, run)
-    run.finish(result)
     log.info(f"condensed set: {run.folder / 'distilled_data'}")
+    run.finish(result)
 
 
 def held_out_score(job: Job) -> Score:

@@ -159,7 +159,11 @@ def judge_feature_student(
                 best, kept = held_out, {name: p.detach().clone() for name, p in net.state_dict().items()}
             net.train()
     seconds = time.monotonic() - began
-    found = [accuracy(net, test, mode, settings.batch_invariant, device) for mode in modes]
+
+    def tested() -> tuple[float, float]:
+        found = {mode: accuracy(net, test, mode, settings.batch_invariant, device) for mode in dict.fromkeys(modes)}
+        return found[modes[0]], found[modes[1]]
+
+    last = tested()
     net.load_state_dict(kept)
-    found += [accuracy(net, test, mode, settings.batch_invariant, device) for mode in modes]
-    return FeatureScore(found[0], found[1], found[2], found[3], seconds)
+    return FeatureScore(*last, *tested(), seconds)

@@ -184,7 +184,8 @@ class GradientCondenser(Learner):
         self.freeze_statistics(net, key)
         labels = self.labels if self.labels is not None and self.labels.requires_grad else None
         # Every rank takes part in what ranks exchange, also one without a class.
-        every_label = None if labels is None else self.whole(labels, self.label_owners)
+        contrast = f is not None and f.lbd_contrast > 0
+        every_label = self.whole(labels, self.label_owners) if labels is not None and contrast else None
         sums = ({"match": 0.0} if s.learn_images else {}) | ({} if labels is None else {"label_match": 0.0})
         if not self.classes:
             return sums
@@ -194,7 +195,7 @@ class GradientCondenser(Learner):
         real = class_gradients(net, names, real_x, eye.expand(-1, real_x.shape[1], -1), self.tile)
         x = self.viewed(self.data.unflatten(0, (-1, s.ipc)), key)  # [K, ipc, C, H, W]
         targets = eye.expand(-1, s.ipc, -1)
-        if f is not None and labels is not None and every_label is not None:
+        if f is not None and labels is not None:
             encoder = matched_names(net, encoder_names(net, f.layer_idx), s.dis_metric)
             real_encoder = [g for name, g in zip(names, real, strict=True) if name in encoder]
             place = (net, encoder, x.detach(), targets)
@@ -214,7 +215,7 @@ class GradientCondenser(Learner):
         return sums
 
     def label_gradient(
-        self, f: FeatureConfig, labels: Tensor, every_label: Tensor, real: Sequence[Tensor], net: ImageNetwork,
+        self, f: FeatureConfig, labels: Tensor, every_label: Tensor | None, real: Sequence[Tensor], net: ImageNetwork,
         encoder: Sequence[str], x: Tensor, targets: Tensor,
     ) -> float:  # fmt: skip
         """Give the labels the gradient of D(grad(CE + lbd MSE), real), summed over classes and the n_feat labels,
@@ -233,7 +234,7 @@ class GradientCondenser(Learner):
                 logits = feature_logits(net, rows.flatten(0, 1), f.form, f.pooling, f.layer_idx, self.map_shape)
                 ce = task_loss(logits, targets.flatten(0, 1), multilabel=False).sum()
                 objective = objective + f.feat_lbd * ce / (len(self.owner) * f.n_feat)
-        if f.lbd_contrast:
+        if every_label is not None:
             own = torch.tensor(self.label_owners[self.world.rank], device=labels.device)
             whole = every_label.index_put((own,), labels).transpose(0, 1)  # [K, N or classes, *form]
             owner = self.owner if f.scope == "sample" else torch.tensor(self.every_class, device=labels.device)
@@ -263,9 +264,9 @@ class GradientCondenser(Learner):
                     loss = labelled_loss(net, rows, self.targets[which], drawn, *where)
                 sgd_step(net, loss.mean(), s.lr_net)
 
-    def real(self, classes: Sequence[int], key: int) -> Tensor:
-        """Draw `key` of the real images of classes, normalised [K, B, C, H, W]."""
-        which = torch.stack([self.sampler.draw(c, key) for c in classes])
+    def real(self, classes: Sequence[int], key: int, most: int | None = None) -> Tensor:
+        """Draw `key` of the real images of classes, at most `most` of each, normalised [K, B, C, H, W]."""
+        which = torch.stack([self.sampler.draw(c, key) for c in classes])[:, :most]
         return self.images.input(which.flatten(), self.data.device).to(self.data.dtype).unflatten(0, which.shape)
 
     def viewed(self, rows: Tensor, key: int) -> Tensor:
@@ -287,7 +288,7 @@ class GradientCondenser(Learner):
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
             net.train()
             with torch.no_grad():
-                net(self.real(self.every_class, key)[:, :BATCH_NORM_IMAGES].flatten(0, 1))
+                net(self.real(self.every_class, key, BATCH_NORM_IMAGES).flatten(0, 1))
         net.eval()
 
     def logged(self) -> dict[str, float]:

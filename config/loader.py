@@ -15,26 +15,12 @@ from pydantic_core import ErrorDetails
 from config.document import Given, read_layers, read_override, shown
 from config.schema import (
     ConfigError,
-    LocalPath,
-    ModelPath,
     Section,
     as_section,
     convert,
     nearest,
     sections_in,
 )
-
-__all__ = [
-    "ConfigError",
-    "LocalPath",
-    "ModelPath",
-    "Resolved",
-    "Section",
-    "add_args_from_yaml",
-    "flatten",
-    "named",
-    "nested",
-]
 
 T = TypeVar("T", bound=Section)
 S = TypeVar("S", bound=Section, covariant=True)

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from condenser.trajectory import flat_parameters, gsam_direction, set_parameters
 from config import CommandLine, ConfigError, LocalPath, Option, Resolved, Section, named, nested
-from distill_feat.feat_names import DATASETS, MODELS, TEN
-from distill_feat.feat_plan import GREY
+from distill_feat.feat_names import DATA_OPTIONS, MODELS
 from utils.augment import AugType, draw_augmentation
 from utils.checkpoint import load_pth, save_pth
 from utils.ddp import World, assign, environment_rank, environment_size
@@ -49,9 +48,7 @@ PASS = 512  # validation images at once
 WAIT = 0.5  # seconds between looks for the other ranks' experts
 # The requirement's flags.
 OPTIONS = (
-    Option("data_path", "dataset.data_dir", "path", "folder of the data set"),
-    Option("dataset", "dataset.dataset", "value", "with its size, classes and depth", tuple(DATASETS), DATASETS),
-    Option("subset", "dataset.dataset", "value", "ten classes of ImageNet, named after --dataset", tuple(TEN), TEN),
+    *DATA_OPTIONS,
     Option("model", "network.net_type", "value", "network, named after --dataset", tuple(MODELS), MODELS),
     Option("buffer_path", "buffer_path", "path", "folder of all experts"),
     Option("num_experts", "experts.num_experts", "value", "experts to train"),
@@ -160,15 +157,15 @@ def plan(resolved: Resolved[BufferConfig]) -> None:
     """Print values, each rank's share and the bytes on disk (rank 0); starts nothing."""
     if environment_rank():
         return
-    cfg, channels = resolved.config, 1 if resolved.config.dataset.dataset in GREY else 3
+    cfg = resolved.config
     d, count = cfg.dataset, cfg.experts.num_experts
     print_values(resolved, expert_folder(cfg))
-    if d.dataset != "digits" and (d.data_dir is None or not d.data_dir.exists()):
+    if d.absent:
         print(f"dataset.data_dir: {d.data_dir} is absent; nothing can be trained before it is there")
     for rank, part in enumerate(assign([1.0] * count, environment_size())):
         print(f"rank {rank}: {len(part)} experts")
-    rows, size = notes_of(cfg, channels, None).shape
-    whitening = 8 * zca_size(channels, d.size) ** 2 if cfg.zca else 0
+    rows, size = notes_of(cfg, d.channels, None).shape
+    whitening = 8 * zca_size(d.channels, d.size) ** 2 if cfg.zca else 0
     free = shutil.disk_usage(next(p for p in (cfg.buffer_path, *cfg.buffer_path.parents) if p.exists())).free
     print(
         f"storage: {count} experts of {rows} snapshots of {size} weights take {4e-9 * count * rows * size:.3g} GB, the "

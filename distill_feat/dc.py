@@ -23,7 +23,7 @@ from config import CommandLine, Option, Resolved, named, nested
 from distill_feat.feat_job import OPTIONS, FeatConfig, FeatJob
 from distill_feat.feat_plan import dry_run
 from distill_feat.feat_rows import FeatRows, held_out_numbers, show
-from utils.ddp import World, distribute_class
+from utils.ddp import distribute_class
 from utils.init_script import init_script
 from utils.program import leave, run_program
 from utils.run_folder import RunFolder, claim, log, short_hash
@@ -76,13 +76,9 @@ def distill(resolved: Resolved[DcConfig], command: CommandLine) -> None:
     """Learn the sets, one after another, then judge them."""
     cfg = resolved.config
     if command.dry_run:
-        loops, ipc = cfg.condense.loops, cfg.condense.ipc
-        dry_run(
-            resolved,
-            learn_folder(cfg, cfg.seed),
-            ipc,
-            f"{cfg.condense.niter} x {loops[0]} steps, {loops[1]} epochs between",
-        )
+        outer, inner = cfg.condense.loops
+        work = f"{cfg.condense.niter} x {outer} steps, {inner} epochs between"
+        dry_run(resolved, learn_folder(cfg, cfg.seed), cfg.condense.ipc, work)
         return
     with init_script(command.gpu, cfg.tf32, cfg.seed, cfg.debug) as world, stop_flag() as flag:
         if cfg.generate_pretrained:
@@ -114,17 +110,17 @@ def learn(cfg: DcConfig, job: FeatJob, seed: int, overwrite: bool) -> Path:
         log.info("validation: " + ", ".join(f"{name} {value:.1f}" for name, value in numbers.items()))
         return list(numbers.values())[-2]  # with F where there is one, without views
 
-    result = learning_loop(make_condenser(cfg, job, seed, world), run, job.flag, score, cfg.debug)
+    result = learning_loop(make_condenser(cfg, job, seed), run, job.flag, score, cfg.debug)
     if world.main:
         export(load_synthetic(run.folder / "distilled_data" / "syn_data_best.pth"), run.folder / "export")
-    run.finish(result)
     log.info(f"learned set: {run.folder / 'distilled_data'}; for other programs: {run.folder / 'export'}")
+    run.finish(result)
     return run.folder
 
 
-def make_condenser(cfg: DcConfig, job: FeatJob, seed: int, world: World) -> GradientCondenser:
+def make_condenser(cfg: DcConfig, job: FeatJob, seed: int) -> GradientCondenser:
     """The condenser of this rank's classes."""
-    c = cfg.condense
+    c, world = cfg.condense, job.world
     return GradientCondenser(
         nclass_list=[
             distribute_class(cfg.dataset.nclass, cfg.debug, rank=rank, size=world.size) for rank in range(world.size)

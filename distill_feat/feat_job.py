@@ -13,7 +13,7 @@ from condenser.feature_labels import FeatureConfig, Shape, feature_of, label_sha
 from condenser.feature_student import PASS, StudentConfig
 from condenser.synthetic_set import Note, SyntheticSet, checked, load_synthetic
 from config import ConfigError, LocalPath, Option, Section, named
-from distill_feat.feat_names import DATASETS, LAST, MODELS, POOLINGS, TEN, RowName
+from distill_feat.feat_names import DATA_OPTIONS, LAST, MODELS, POOLINGS, RowName
 from utils.augment import Augmenter, BatchAugmentConfig
 from utils.ddp import World, kept_classes
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, NetType, image_network
@@ -27,9 +27,7 @@ from utils.utils_image import ImageDatasetConfig, ImageSet, load_images
 NORM_BATCHES = 16  # whose mean statistics batch norm gets
 # The requirement's flags.
 OPTIONS = (
-    Option("data_path", "dataset.data_dir", "path", "folder of the data set"),
-    Option("dataset", "dataset.dataset", "value", "with its size, classes and depth", tuple(DATASETS), DATASETS),
-    Option("subset", "dataset.dataset", "value", "ten classes of ImageNet, named after --dataset", tuple(TEN), TEN),
+    *DATA_OPTIONS,
     Option("model", "network.net_type", "value", "kind of network, named after --dataset", expands=MODELS),
     Option("ipc", "condense.ipc", "value", "images to learn per class"),
     Option("init", "condense.init", "value", "where they start", ("real", "noise", "load")),
@@ -110,7 +108,7 @@ class FeatJob:
         self.train, self.val, self.test = (
             part.to(world.device) if keep else part for part in (corpus.train, corpus.val, corpus.test)
         )
-        self.classes, self.origin = corpus.classes, {"images": corpus.fingerprint}
+        self.origin = {"images": corpus.fingerprint}
         self.kept = list(range(kept_classes(cfg.dataset.nclass, cfg.debug)))
         self.map_shape = self.map_shape_of(self.fresh(0, "shape"))  # (C, H, W) of the labelled maps
 

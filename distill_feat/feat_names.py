@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from config import Option
 from utils.image_readers import SUBSETS
 
 RowName = Literal[
@@ -28,3 +29,9 @@ POOLINGS = {"none": ("feature.form=map", "feature.pooling=avg")} | {
     pool: ("feature.form=channel", f"feature.pooling={pool}") for pool in ("avg", "max", "sum")
 }
 LAST = {name: ("feature.layer_idx=null",) for name in ("none", "None")}
+# The requirement's flags that every program has.
+DATA_OPTIONS = (
+    Option("data_path", "dataset.data_dir", "path", "folder of the data set"),
+    Option("dataset", "dataset.dataset", "value", "with its size, classes and depth", tuple(DATASETS), DATASETS),
+    Option("subset", "dataset.dataset", "value", "ten classes of ImageNet, named after --dataset", tuple(TEN), TEN),
+)

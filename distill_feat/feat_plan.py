@@ -1,4 +1,4 @@
-"""What a run of feature labels would do: values, the classes of each rank, memory, storage; starts nothing."""
+"""What a run of feature labels would do: values, the classes of each rank, iterations, storage; starts nothing."""
 
 from pathlib import Path
 
@@ -11,8 +11,6 @@ from utils.ddp import environment_rank, environment_size
 from utils.dry_run import print_classes, print_values
 from utils.image_networks import image_network
 
-GREY = ("digits", "mnist", "fashionmnist")
-
 
 def dry_run(resolved: Resolved[FeatConfig], folder: Path, ipc: int, work: str) -> None:
     """Print the plan (rank 0)."""
@@ -21,10 +19,11 @@ def dry_run(resolved: Resolved[FeatConfig], folder: Path, ipc: int, work: str) -
     cfg, f = resolved.config, resolved.config.feature
     print_values(resolved, folder)
     print_classes([1.0] * cfg.dataset.nclass, cfg.debug, environment_size())
-    d, channels = cfg.dataset, 1 if cfg.dataset.dataset in GREY else 3
-    if d.dataset != "digits" and (d.data_dir is None or not d.data_dir.exists()):
+    d = cfg.dataset
+    if d.absent:
         print(f"dataset.data_dir: {d.data_dir} is absent; nothing can be learned before it is there")
-    net, shape = image_network(cfg.network, channels, d.size, d.nclass, 0, "dry run"), (channels, d.size, d.size)
+    shape = (d.channels, d.size, d.size)
+    net = image_network(cfg.network, d.channels, d.size, d.nclass, 0, "dry run")
     print(f"iterations: {work}; {sum(p.numel() for p in net.parameters())} weights")
     if f is not None:
         with torch.no_grad():

@@ -107,9 +107,8 @@ class FeatRows:
         """The numbers of one student."""
         row, seed, student, kind = task
         job, cfg = self.job, self.job.cfg
-        net = job.fresh(
-            cfg.seed, "student", student, kind=kind
-        )  # the same in every row: rows differ in their data only
+        # A number's student is the same in every row: rows differ in their data only.
+        net = job.fresh(cfg.seed, "student", student, kind=kind)
         stream = (cfg.seed, "student", student)
         return judge_feature_student(
             net, self.get(row, seed), cfg.feature, job.val, job.test, cfg.evaluation, job.world.device, stream, on_step

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from condenser.Condenser_image import Condenser, ImageCondenseConfig
-from condenser.matching import OptimizationConfig, make_optimizer
+from condenser.optimization import OptimizationConfig, make_optimizer
 from condenser.synthetic_image import decode
 from scripts.versus import (
     SIDES,

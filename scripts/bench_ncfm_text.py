@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from condenser.Condenser_text import CondenseConfig, Condenser
-from condenser.matching import OptimizationConfig, make_optimizer
+from condenser.optimization import OptimizationConfig, make_optimizer
 from scripts.versus import (
     SIDES,
     Side,

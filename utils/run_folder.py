@@ -70,9 +70,9 @@ class RunFolder:
             self.folder / "args.log",
             yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode(),
         )
-        handler = logging.FileHandler(self.folder / "print.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        log.addHandler(handler)
+        self.handler = logging.FileHandler(self.folder / "print.log")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(self.handler)
 
     def finished(self) -> dict[str, Any] | None:
         """The result of a finished run, else None; the same on every rank."""
@@ -84,6 +84,7 @@ class RunFolder:
         if not self.finished():
             return False
         log.info(f"finished already: {self.folder} (--overwrite starts again)")
+        self.end_log()
         return True
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -92,6 +93,13 @@ class RunFolder:
             self.writer.close()
         if self.world.main:
             atomic_write(self.folder / RESULT, json.dumps(result, indent=1).encode())
+        self.end_log()
+
+    def end_log(self) -> None:
+        """What is logged from now on is not of this run."""
+        if self.world.main:
+            log.removeHandler(self.handler)
+            self.handler.close()
 
     def metric(self, **values: float) -> None:
         """Append one line to metrics.jsonl (rank 0), and to TensorBoard where it is installed."""

@@ -17,11 +17,23 @@ from utils.data_config import DataConfig
 from utils.image_readers import RawSplit, read_images, reading
 from utils.streams import generator
 
+GREY = ("digits", "mnist", "fashionmnist")
+
 
 class ImageDatasetConfig(DataConfig):
     """Which images."""
 
     size: int = Field(ge=8)  # pixels of a side
+
+    @property
+    def channels(self) -> int:
+        """Of its images, known without them."""
+        return 1 if self.dataset in GREY else 3
+
+    @property
+    def absent(self) -> bool:
+        """Whether it is not there to be read."""
+        return self.dataset != "digits" and (self.data_dir is None or not self.data_dir.exists())
 
 
 @dataclass(frozen=True)
