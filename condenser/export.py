@@ -3,7 +3,8 @@
 set.safetensors has images [N, C, H, W] float32, about 0 ... 1 (learned ones reach over); labels int64 [N], or
 soft_labels [N, classes] where a row is not one-hot; features [K, N, *form], or [K, classes, *form] with scope: class;
 and owner int64 [N], the class that each sample was learned for, where it is not the label. set.json has normaliser,
-notes, shapes and bytes by part. load.py (`LOADER`) needs torch and safetensors only.
+notes, shapes and bytes by part. zca.safetensors stands beside it where images are whitened. load.py (`LOADER`) needs
+torch and safetensors only.
 """
 
 import hashlib
@@ -12,10 +13,10 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 from torch import Tensor, tensor
 
-from condenser.synthetic_set import Note, SyntheticSet, check_labelling, checked
+from condenser.synthetic_set import ZCA_FILE, Note, SyntheticSet, check_labelling, checked
 from config import ConfigError, Section
 from utils.checkpoint import atomic_write, load_tensors, save_tensors
-from utils.utils_image import Normaliser
+from utils.normaliser import Normaliser, load_zca
 
 LOADER = """\
 import json
@@ -27,7 +28,11 @@ from safetensors.torch import load_file
 def load(folder=Path(__file__).parent):  # images [N, C, H, W] normalised, labels [N] or [N, classes], features or None
     parts, notes = load_file(folder / "set.safetensors"), json.loads((folder / "set.json").read_bytes())
     mean, std = (torch.tensor(notes[name])[:, None, None] for name in ("mean", "std"))
-    return (parts["images"] - mean) / std, parts.get("labels", parts.get("soft_labels")), parts.get("features")
+    images = (parts["images"] - mean) / std
+    if notes["zca"]:
+        zca = load_file(folder / "zca.safetensors")
+        images = ((parts["images"] - zca["mean"]).flatten(1) @ zca["transform"]).view_as(images)
+    return images, parts.get("labels", parts.get("soft_labels")), parts.get("features")
 """
 
 
@@ -46,6 +51,7 @@ class Description(Section):
     classes: int = Field(ge=1)
     mean: tuple[float, ...]  # of the normaliser, a channel
     std: tuple[float, ...]
+    zca: str = ""  # hash of the whitening that networks see instead, in zca.safetensors
     meta: dict[str, Note]  # form, pooling, layer_idx, lbd, use_feature, scope, net
     parts: dict[str, Part]
     bytes: int  # of all parts
@@ -69,8 +75,12 @@ def export(found: SyntheticSet, folder: Path) -> None:
     if not found.owner.equal(labels):
         parts["owner"] = found.owner
     save_tensors(folder / "set.safetensors", parts)
+    zca = found.normaliser.zca
+    if zca:
+        zca.save(folder / ZCA_FILE)
     description = Description(
         classes=classes, mean=tuple(found.normaliser.mean.tolist()), std=tuple(found.normaliser.std.tolist()),
+        zca=zca.sha256 if zca else "",
         meta=dict(found.meta), parts={name: part(value) for name, value in parts.items()},
         bytes=sum(value.nbytes for value in parts.values()), sha256=sha256(folder / "set.safetensors"),
     )  # fmt: skip
@@ -107,7 +117,8 @@ def load_export(folder: Path) -> SyntheticSet:
         raise ConfigError(f"{path}: describes another set.safetensors, or that is damaged; export again")
     targets = parts["labels"] if "labels" in parts else parts["soft_labels"]
     owner = parts.get("owner", targets if targets.ndim == 1 else targets.argmax(1))
-    normaliser = Normaliser(tensor(known.mean), tensor(known.std))
+    zca = load_zca(folder / ZCA_FILE, known.zca) if known.zca else None
+    normaliser = Normaliser(tensor(known.mean), tensor(known.std), zca)
     found = SyntheticSet(parts["images"], targets, owner, None, known.meta, parts.get("features"), normaliser)
     found = checked(found, path, tuple(found.data.shape[1:]), known.classes)
     check_labelling(found, path)

@@ -30,7 +30,7 @@ class FeatureConfig(Section):
     """What feature labels are, how they start, and how they are learned."""
 
     lbd: float = Field(0.1, ge=0)  # of the mean squared error over all elements
-    lbd_contrast: float = Field(0.05, ge=0)  # of supervised_contrast
+    lbd_contrast: float = Field(0.0, ge=0)  # of supervised_contrast
     feat_lbd: float = Field(0.0, ge=0)  # of CE(C(F), y), C the network's own later layers
     form: FeatureForm = "map"
     pooling: Pool = "avg"  # of form: channel, over H x W
@@ -40,9 +40,9 @@ class FeatureConfig(Section):
     scope: Scope = "sample"  # class: all samples of a class share theirs
     epochs: int = Field(1, ge=0)  # on real data, of the network whose features are the start values
     learn: bool = True  # false: they stay the start values
-    lr_feat: float = Field(0.1, gt=0)
+    lr_feat: float = Field(0.01, gt=0)
     lr_feat_rel: bool = False  # lr_feat counts in n / (2 lbd), n elements a batch: F's gradient shrinks with 2 lbd / n
-    feat_opt: Literal["sgd", "adam"] = "sgd"
+    feat_opt: Literal["sgd", "adam"] = "adam"
     mom_feat: float = Field(0.5, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -56,6 +56,14 @@ class FeatureConfig(Section):
             reason = "lbd is 0" if not self.lbd else "Adam's steps do not shrink with the gradient"
             raise ValueError(f"lr_feat_rel: true counts lr_feat in n / (2 lbd), but {reason}; set false")
         return self
+
+
+def label_optimizer(labels: Tensor, f: FeatureConfig, samples: int) -> torch.optim.Optimizer:
+    """Of labels [n, K, *form]; a relative rate counts in N / (2 lbd), N the elements of the labels of `samples`."""
+    rate = f.lr_feat * (samples * labels.shape[2:].numel() / (2 * f.lbd) if f.lr_feat_rel else 1.0)
+    if f.feat_opt == "adam":
+        return torch.optim.Adam([labels], lr=rate)
+    return torch.optim.SGD([labels], lr=rate, momentum=f.mom_feat)
 
 
 def feature_of(maps: Tensor, form: FeatureForm, pool: Pool) -> Tensor:

@@ -29,6 +29,7 @@ class StudentConfig(FitConfig, BatchAugmentConfig):
     """How students are trained and tested, the same for all rows."""
 
     steps: int = Field(ge=1)
+    learned_lr: bool = False  # on a set that has learned a step size: it, in place of lr and head_lr
     repeat: int = Field(3, ge=1)  # students of a row and learned set
     probe_every: int = Field(50, ge=1)  # steps between the states of which the best on validation is tested
     tta: bool = True  # also with the mean logits of several views
@@ -51,6 +52,7 @@ class FeatureSet:
     images: Tensor | ImageSet  # [N, C, H, W], normalised, or real ones
     targets: Tensor  # [N, classes]
     labels: Tensor | None = None  # [K, N, *form]
+    lr: float | None = None  # the step size that was learned with the set
 
     def input(self, which: Tensor) -> Tensor:
         """Normalised images [B, C, H, W]."""
@@ -62,7 +64,7 @@ class FeatureSet:
         """On a device."""
         labels = None if self.labels is None else self.labels.to(device)
         images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
-        return FeatureSet(images, self.targets.to(device), labels)
+        return FeatureSet(images, self.targets.to(device), labels, self.lr)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def feature_set(found: SyntheticSet, with_labels: bool) -> FeatureSet:
         scope: Scope = "class" if found.meta.get("scope") == "class" else "sample"
         _, places = found.owner.unique(return_inverse=True)  # a row of labels for every class that is there
         labels = expand(found.features, places, scope)
-    return FeatureSet(found.normaliser(found.data), found.targets, labels)
+    lr = found.meta.get("lr")
+    return FeatureSet(found.normaliser(found.data), found.targets, labels, None if lr is None else float(lr))
 
 
 def student_loss(
@@ -148,6 +151,8 @@ def judge_feature_student(
 ) -> FeatureScore:  # fmt: skip
     """Train a fresh student on a set and test it; validation chooses among its states, the test set among none."""
     net, train, began = net.to(device), train.to(device), time.monotonic()
+    if settings.learned_lr and train.lr is not None:
+        settings = settings.model_copy(update={"lr": train.lr, "head_lr": None})
     modes = ("none", settings.tta_mode if settings.tta else "none")
     loss, optimizer = student_loss(net, train, feature, settings, stream), make_optimizer(net, settings)
     best, kept = -1.0, dict[str, Tensor]()

@@ -6,7 +6,6 @@ the set, by CE(f(x), y) + lbd * MSE(phi(E_L(x)), F).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -20,6 +19,7 @@ from condenser.feature_labels import (
     drawn_labels,
     expand,
     feature_logits,
+    label_optimizer,
     labelled_loss,
     supervised_contrast,
 )
@@ -32,10 +32,9 @@ from condenser.gradient_matching import (
     label_gradients,
     matched_names,
 )
-from condenser.loop import Learner, LoopConfig, Rows
+from condenser.loop import Learner, Rows, SetConfig
 from condenser.synthetic_set import Note, SyntheticSet
-from config import LocalPath
-from utils.augment import AugType, draw_augmentation, operations
+from utils.augment import draw_augmentation, operations
 from utils.ddp import World
 from utils.image_networks import ImageNetwork
 from utils.losses import task_loss
@@ -50,29 +49,22 @@ CPU_TILE = 64  # images a pass where classes come one after another
 BATCH_NORM_IMAGES = 16  # real images a class that give batch norm its statistics for the matching
 
 
-class GradientConfig(LoopConfig):
-    """What is matched, and how images and network move."""
+class GradientConfig(SetConfig):
+    """What is matched, and how images and network move; DSA is of real and synthetic images alike."""
 
-    ipc: int = Field(ge=1)
     niter: int = Field(1000, ge=0)
-    init: Literal["real", "noise", "load"] = "real"
-    load_path: LocalPath | None = None
-    learn_images: bool = True
     dis_metric: GradientDistance = "ours"
     outer_loop: int | None = Field(None, ge=1)  # None: of the published schedule, at the nearest ipc
     inner_loop: int | None = Field(None, ge=0)
-    lr_img: float = Field(0.1, gt=0)
-    mom_img: float = Field(0.5, ge=0, lt=1)
     lr_net: float = Field(0.01, gt=0)
     batch_train: int = Field(256, ge=1)
-    aug_type: AugType = "none"  # DSA: of real and synthetic images alike, as in color/crop/cutout/flip/scale/rotate
     batched: bool | None = None  # gradients of all classes in one pass, as suits a GPU; None: on a GPU
 
     @model_validator(mode="after")
-    def check(self) -> "GradientConfig":
-        """Cross-field rules."""
-        if self.init == "load" and self.load_path is None:
-            raise ValueError("load_path: required for init: load; name a syn_data_*.pth")
+    def check_init(self) -> "GradientConfig":
+        """There are no experts here."""
+        if self.init == "correct":
+            raise ValueError("init: correct asks experts, and gradient matching has none; set real")
         return self
 
     @property
@@ -88,14 +80,6 @@ def sgd_step(net: nn.Module, loss: Tensor, lr: float) -> None:
     with torch.no_grad():
         for p, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             p.sub_(grad, alpha=lr)
-
-
-def label_optimizer(labels: Tensor, f: FeatureConfig, ipc: int) -> torch.optim.Optimizer:
-    """Of labels [n, K, *form]; a relative rate counts in N / (2 lbd), N the elements of a class's labels."""
-    rate = f.lr_feat * (ipc * labels.shape[2:].numel() / (2 * f.lbd) if f.lr_feat_rel else 1.0)
-    if f.feat_opt == "adam":
-        return torch.optim.Adam([labels], lr=rate)
-    return torch.optim.SGD([labels], lr=rate, momentum=f.mom_feat)
 
 
 class GradientCondenser(Learner):
@@ -306,6 +290,5 @@ class GradientCondenser(Learner):
         if data is None:
             return None
         norm = self.images.normaliser
-        pixels = data * norm.std[:, None, None] + norm.mean[:, None, None]
         features = None if labels is None else labels.transpose(0, 1).contiguous()
-        return SyntheticSet(pixels, self.targets.cpu(), self.owner.cpu(), None, self.meta, features, norm)
+        return SyntheticSet(norm.inverse(data), self.targets.cpu(), self.owner.cpu(), None, self.meta, features, norm)

@@ -5,14 +5,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from condenser.synthetic_set import SyntheticSet
-from config import ConfigError, Section
+from config import ConfigError, LocalPath, Section
+from utils.augment import AugType
 from utils.checkpoint import load_pth, save_pth
 from utils.ddp import World, sync_distributed_metric
 from utils.progress import Progress
@@ -32,13 +33,40 @@ class LoopConfig(Section):
     val_every: int = Field(0, ge=0)  # iterations between held-out scores; 0 = none, then best is last
 
 
+class SetConfig(LoopConfig):
+    """The set that is learned, and how its images start and move."""
+
+    ipc: int = Field(ge=1)
+    init: Literal["real", "correct", "noise", "load"] = "real"  # correct: real ones that experts get right
+    load_path: LocalPath | None = None
+    learn_images: bool = True
+    lr_img: float = Field(0.1, gt=0)
+    mom_img: float = Field(0.5, ge=0, lt=1)
+    aug_type: AugType = "none"  # DSA, as in color/crop/cutout/flip/scale/rotate
+
+    @model_validator(mode="after")
+    def check_start(self) -> "SetConfig":
+        """A start from a file names it."""
+        if self.init == "load" and self.load_path is None:
+            raise ValueError("load_path: required for init: load; name a syn_data_*.pth")
+        return self
+
+
 @dataclass(frozen=True)
 class Rows:
-    """One learned tensor: this rank's rows, a leaf [n, ...], who moves them, and every rank's places in the whole."""
+    """One learned tensor: this rank's rows, a leaf [n, ...], who moves them, and every rank's places in the whole, or
+    None where each rank has the whole and moves it alike."""
 
     own: Tensor
     optimizer: torch.optim.Optimizer
-    owners: list[list[int]]
+    owners: list[list[int]] | None
+
+
+def gathered(world: World, rows: Tensor, owners: list[list[int]] | None) -> Tensor | None:
+    """Every rank's rows [N, ...] on the CPU of rank 0, else None."""
+    if owners is None:
+        return rows.detach().cpu() if world.main else None
+    return world.gather_rows(rows, owners)
 
 
 class Learner(ABC):
@@ -146,11 +174,11 @@ def save_state(learner: Learner, path: Path, done: int, best: float) -> None:
     rows: dict[str, Tensor | None] = {}
     for name, part in learner.learned.items():
         moments = part.optimizer.state.get(part.own, {})
-        rows[name] = world.gather_rows(part.own, part.owners)
+        rows[name] = gathered(world, part.own, part.owners)
         names = [(k, bool(v.ndim)) for k, v in moments.items() if isinstance(v, Tensor)]
         for moment, by_row in world.broadcast(names):
             own = moments[moment] if moments else torch.zeros(0)
-            rows[f"{name} moment {moment}"] = world.gather_rows(own, part.owners) if by_row else own
+            rows[f"{name} moment {moment}"] = gathered(world, own, part.owners) if by_row else own
     if world.main:
         save_pth(path, {"iteration": done, "best": best, "rows": rows, **learner.state()})
 
@@ -163,8 +191,9 @@ def resume(learner: Learner, path: Path) -> tuple[int, float]:
     try:
         rows, done, best = state["rows"], int(state["iteration"]), float(state["best"])
         for name, part in learner.learned.items():
-            whole, own = rows[name], part.owners[learner.world.rank]
-            if whole.shape != (sum(map(len, part.owners)), *part.own.shape[1:]):
+            whole, count = rows[name], len(part.own) if part.owners is None else sum(map(len, part.owners))
+            own = list(range(count)) if part.owners is None else part.owners[learner.world.rank]
+            if whole.shape != (count, *part.own.shape[1:]):
                 raise KeyError(f"{name} of another shape")
             with torch.no_grad():
                 part.own.copy_(whole[own])

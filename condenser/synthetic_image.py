@@ -12,7 +12,8 @@ from torch import Generator, Tensor
 from condenser.synthetic_set import SyntheticSet
 from config import ConfigError
 from utils.checkpoint import atomic_write
-from utils.utils_image import ImageSet, Normaliser
+from utils.normaliser import Normaliser
+from utils.utils_image import ImageSet
 
 DecodeType = Literal["single", "multi"]
 

@@ -10,16 +10,18 @@ from torch.utils.data import TensorDataset
 
 from config import ConfigError
 from utils.checkpoint import load_pth, save_pth
-from utils.utils_image import Normaliser
+from utils.normaliser import Normaliser, load_zca
 
 Note = str | int | float
+ZCA_FILE = "zca.safetensors"  # beside whitened sets: the transform, once for all that stand in a folder
 
 
 @dataclass(frozen=True)
 class SyntheticSet:
     """N learned samples. Text: data [N, S, D] word embeddings with attention_mask [N, S]; images: no mask.
 
-    A feature set's notes are form, pooling, layer_idx (0 = last), lbd, use_feature, scope and net (in one line).
+    A feature set's notes are form, pooling, layer_idx (0 = last), lbd, use_feature, scope and net (in one line). Data
+    of images are pixels, about 0 ... 1, also where the normaliser whitens them.
     """
 
     data: Tensor
@@ -28,14 +30,18 @@ class SyntheticSet:
     attention_mask: Tensor | None = None
     meta: dict[str, Note] = field(default_factory=dict)  # how to read it: decode_type, factor, word table, dataset
     features: Tensor | None = None  # [K, N, *form]: K feature labels a sample; scope: class has [K, classes, *form]
-    normaliser: Normaliser | None = None  # of the images' channels, that the labels and the students are meant for
+    normaliser: Normaliser | None = None  # that the labels and the students are meant for
 
     def save(self, path: Path) -> None:
-        """Write as a .pth of plain tensors."""
+        """Write as a .pth of plain tensors, a whitening beside it."""
         value = {"data": self.data, "targets": self.targets, "owner": self.owner, "meta": self.meta}
         optional = {"attention_mask": self.attention_mask, "features": self.features}
         if self.normaliser is not None:
             optional |= {"mean": self.normaliser.mean, "std": self.normaliser.std}
+            if self.normaliser.zca:
+                value["zca"] = self.normaliser.zca.sha256
+                if not (path.parent / ZCA_FILE).exists():
+                    self.normaliser.zca.save(path.parent / ZCA_FILE)
         save_pth(path, value | {name: tensor for name, tensor in optional.items() if tensor is not None})
 
     @property
@@ -73,7 +79,9 @@ def load_synthetic(path: Path) -> SyntheticSet:
         raise ConfigError(f"{path}: mask of shape {tuple(mask.shape)} for rows of {tuple(value['data'].shape)}")
     if not len(value["data"]) == len(value["targets"]) == len(value["owner"]):
         raise ConfigError(f"{path}: {len(value['data'])} samples but {len(value['targets'])} labels")
-    normaliser = None if mean is None or std is None else Normaliser(mean, std)
+    white = value.get("zca", "")
+    zca = load_zca(path.parent / ZCA_FILE, white) if isinstance(white, str) and white else None
+    normaliser = None if mean is None or std is None else Normaliser(mean, std, zca)
     found = SyntheticSet(value["data"], value["targets"], value["owner"], mask, meta, features, normaliser)
     check_labelling(found, path)
     return found
@@ -83,11 +91,13 @@ def check_labelling(found: SyntheticSet, path: Path) -> None:
     """Raises ConfigError unless features are floats with as many rows as samples (scope: class, as classes), and the
     normaliser has a mean and a positive deviation for every channel."""
     if found.normaliser is not None:
-        mean, std = found.normaliser.mean, found.normaliser.std
+        mean, std, zca = found.normaliser.mean, found.normaliser.std, found.normaliser.zca
         if not mean.shape == std.shape == found.data.shape[1:2]:
             raise ConfigError(f"{path}: normaliser of {len(mean)} channels for data of {tuple(found.data.shape)}")
         if not (mean.isfinite() & (std > 0) & std.isfinite()).all():
             raise ConfigError(f"{path}: normaliser with mean {mean.tolist()} and deviation {std.tolist()}")
+        if zca and zca.mean.shape != found.data.shape[1:]:
+            raise ConfigError(f"{path}: whitening of {tuple(zca.mean.shape)} for data of {tuple(found.data.shape)}")
     if found.features is None:
         return
     scope = found.meta.get("scope", "sample")

@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from condenser.gradient_matching import free
 
-# (theta [P], step, samples of the step's batch) -> scalar: their losses, summed, over the size of the batch, so that
-# the micro-batches of a step add up. Every call with the same arguments does the same (augmentation by step).
-StepLoss = Callable[[Tensor, int, slice], Tensor]
+# (theta [P], step, part of the step's batch, *that part of every leaf's rows) -> scalar: the losses, summed, over the
+# size of the batch, so that the micro-batches of a step add up. Every call with the same arguments does the same.
+StepLoss = Callable[..., Tensor]
+Batches = Sequence[Sequence[Tensor]]  # of every step, the rows [B] of every leaf that are its batch
 Parts = Sequence[Sequence[slice]]  # the micro-batches of every step
 Mode = Literal["exact", "tesla"]
 GSAM_EPS = 1e-12  # published
@@ -73,7 +74,8 @@ def match_trajectory(
     theta: Tensor,
     target: Tensor,
     alpha: Tensor,
-    leaves: Sequence[Tensor],  # at least one; `loss` goes through them
+    leaves: Sequence[Tensor],  # at least one
+    batches: Batches,
     parts: Parts,
     mode: Mode = "exact",  # tesla: first order, every theta_i a constant (Cui et al., ICML 2023, its lost 2 put back)
     keep: int = 0,  # last steps whose graphs are kept, not replayed
@@ -83,16 +85,19 @@ def match_trajectory(
     """Match of a student at theta [P] after len(parts) steps of size alpha [] with target [P]. Then
     `torch.autograd.backward((*leaves, alpha), found.gradients)`; ranks that share out samples sum gradients first."""
 
-    def gradients(i: int, graph: bool) -> Iterator[Tensor]:
+    def gradients(i: int, graph: bool) -> Iterator[Piece]:
         for part in parts[i]:
-            yield torch.autograd.grad(loss(path[i], i, part), path[i], create_graph=graph)[0]
+            places = [ids[part] for ids in batches[i]]
+            rows = [leaf.detach()[ids].requires_grad_() for leaf, ids in zip(leaves, places, strict=True)]
+            g = torch.autograd.grad(loss(path[i], i, part, *rows), path[i], create_graph=graph)[0]
+            yield g, rows, places
 
-    path, graphs, steps, rate = [theta.detach().requires_grad_()], list[list[Tensor]](), len(parts), alpha.detach()
+    path, graphs, steps, rate = [theta.detach().requires_grad_()], list[list[Piece]](), len(parts), alpha.detach()
     for i in range(steps):
         if i >= steps - keep:
             graphs.append(list(gradients(i, graph=True)))
         g = torch.zeros_like(theta)
-        for piece in graphs[-1] if graphs else gradients(i, graph=False):
+        for piece, _, _ in graphs[-1] if graphs else gradients(i, graph=False):
             g += piece.detach()
         path.append((path[i].detach() - rate * total(g)).requires_grad_())
     end = path[-1].detach()
@@ -104,16 +109,22 @@ def match_trajectory(
     for i in reversed(range(steps)):
         goes_on = mode == "exact" and i > 0
         h = torch.zeros_like(theta)
-        inputs, wholes = ([*leaves, path[i]], [*sums, h]) if goes_on else (leaves, sums)
-        for g in graphs.pop() if graphs else gradients(i, graph=True):
+        for g, rows, places in graphs.pop() if graphs else gradients(i, graph=True):
             slope -= adjoint @ g.detach()
+            inputs = [*rows, path[i]] if goes_on else rows
             found = torch.autograd.grad(g, inputs, -rate * adjoint, allow_unused=True)
-            for whole, share in zip(wholes, found, strict=True):
+            for whole, ids, share in zip(sums, places, found, strict=False):
                 if share is not None:
-                    whole += share
+                    whole.index_add_(0, ids, share)
+            if goes_on and found[-1] is not None:
+                h += found[-1]
         if goes_on:
             adjoint = adjoint + total(h)
     return Match(value, end, (*sums, slope.to(alpha)))
+
+
+# Gradient [P] of a micro-batch, the rows of the leaves that its graph goes through, and their places.
+Piece = tuple[Tensor, list[Tensor], list[Tensor]]
 
 
 class Live(TorchDispatchMode):
@@ -156,14 +167,20 @@ class Memory:
         return min(self.steps, (max(budget - self.plain, 0) // self.graph + 1) // self.count)
 
 
-def trajectory_memory(loss: StepLoss, theta: Tensor, leaves: Sequence[Tensor], parts: Parts, mode: Mode) -> Memory:
+def trajectory_memory(
+    loss: StepLoss, theta: Tensor, leaves: Sequence[Tensor], batches: Batches, parts: Parts, mode: Mode
+) -> Memory:
     """Found by two steps of the largest micro-batch, whose values do not matter."""
     i, part = max(((i, part) for i, step in enumerate(parts) for part in step), key=lambda v: v[1].stop - v[1].start)
     zero, start = torch.zeros_like(theta), theta.detach().requires_grad_()
     with Live([theta, *leaves]) as run:
-        match_trajectory(lambda w, _, part: loss(w, i, part), theta, zero, zero[0], leaves, [[part]] * 2, mode)
+        match_trajectory(
+            lambda w, _, part, *rows: loss(w, i, part, *rows), theta, zero, zero[0], leaves, [batches[i]] * 2,
+            [[part]] * 2, mode,
+        )  # fmt: skip
     with Live([theta, *leaves]) as one:
-        gradient = torch.autograd.grad(loss(start, i, part), start, create_graph=True)
+        rows = [leaf.detach()[ids[part]].requires_grad_() for leaf, ids in zip(leaves, batches[i], strict=True)]
+        gradient = torch.autograd.grad(loss(start, i, part, *rows), start, create_graph=True)
         graph = one.now
     del gradient
     return Memory(len(parts), max(map(len, parts)), run.peak + (len(parts) - 2) * theta.nbytes, graph)

@@ -29,6 +29,7 @@ class Option:
     help: str
     choices: tuple[str, ...] = ()
     expands: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # value -> overrides
+    or_path: tuple[str, ...] = ()  # overrides, with {} for the path, of a value that is a path: has a / or ends in .pth
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,16 @@ def _override(option: Option, text: str) -> tuple[str, ...]:
     if option.choices and text not in option.choices:
         hint = nearest(text, option.choices)
         raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(option.choices)}{hint}")
-    if option.kind == "path":
+    path = bool(option.or_path) and ("/" in text or text.endswith(".pth"))
+    if option.kind == "path" or path:
         if not text:
             raise argparse.ArgumentTypeError("the path is empty")
         try:
             text = json.dumps(str(absolute(text, Path.cwd())), ensure_ascii=False)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
+    if path:
+        return tuple(override.replace("{}", text) for override in option.or_path)
     return option.expands.get(text, (f"{option.key}={text}",))
 
 

@@ -34,13 +34,14 @@ from utils.expert_buffers import ExpertNotes, ExpertWriter, convert_replay, expe
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, image_network
 from utils.init_script import init_script
 from utils.losses import task_loss
+from utils.normaliser import Zca, load_zca
 from utils.program import leave, run_program
 from utils.progress import Progress
 from utils.run_folder import RunFolder, claim, log, short_hash
 from utils.stopping import StopFlag, stop_flag
 from utils.streams import generator
 from utils.utils_image import ImageCorpus, ImageDatasetConfig, ImageSet, load_images
-from utils.zca import Zca, fit_zca, load_zca, whitened, zca_sha256, zca_size
+from utils.zca import fit_zca, whitened, zca_sha256, zca_size
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = HERE.parent / "config" / "distill_feat" / "buffer" / "base.yaml"

@@ -15,27 +15,22 @@ from pathlib import Path
 
 from pydantic import model_validator
 
-from condenser.export import export
 from condenser.gradient_condenser import GradientCondenser, GradientConfig
-from condenser.loop import learning_loop
-from condenser.synthetic_set import SyntheticSet, load_synthetic
-from config import CommandLine, Option, Resolved, named, nested
-from distill_feat.feat_job import OPTIONS, FeatConfig, FeatJob
-from distill_feat.feat_plan import dry_run
-from distill_feat.feat_rows import FeatRows, held_out_numbers, show
-from utils.ddp import distribute_class
-from utils.init_script import init_script
+from config import Option
+from distill_feat.feat_job import FeatConfig, FeatJob
+from distill_feat.feat_names import OPTIONS
+from distill_feat.feat_run import Method
+from utils.ddp import World, distribute_class
 from utils.program import leave, run_program
-from utils.run_folder import RunFolder, claim, log, short_hash
-from utils.stopping import stop_flag
+from utils.stopping import StopFlag
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = HERE.parent / "config" / "distill_feat" / "dc" / "cifar10_ipc9.yaml"
 DC_OPTIONS = (
     *OPTIONS,
-    Option("learn_images", "condense.learn_images", "flag", "learn the images, not only F"),
     Option("dis_metric", "condense.dis_metric", "value", "distance of gradients", ("ours", "mse", "cos")),
-    Option("aug_type", "condense.aug_type", "value", "DSA's operations, as in color/crop/cutout/flip/scale/rotate"),
+    Option("batch_real", "dataset.batch_real", "value", "real images of a class and step"),
+    Option("batch_train", "condense.batch_train", "value", "images of a step of the inner loop"),
 )
 
 
@@ -55,85 +50,36 @@ class DcConfig(FeatConfig):
         return self
 
 
-def learn_folder(cfg: DcConfig, seed: int) -> Path:
-    """Folder of one learned set."""
-    values = named(cfg, ("dataset.", "network.", "pretrain.", "feature", "condense.", "tf32", "debug"))
-    if cfg.condense.val_every:
-        values |= named(cfg, ("evaluation.",))
-    form = "noF" if cfg.feature is None else f"{cfg.feature.form}_lbd{cfg.feature.lbd:g}"
-    name = f"{cfg.condense.init}_{form}_seed{seed}_{short_hash(values)}"
-    return cfg.save_dir / "distill_feat" / "dc" / cfg.dataset.dataset / f"ipc{cfg.condense.ipc}" / name
+def job_of(cfg: DcConfig, world: World, flag: StopFlag) -> FeatJob[DcConfig]:
+    """Data and networks."""
+    return FeatJob(cfg, world, flag)
 
 
-def judge_folder(cfg: DcConfig) -> Path:
-    """Folder of the table over all learned sets."""
-    values = named(cfg, ("dataset.", "network.", "pretrain.", "feature", "condense.", "evaluation.", "tf32", "debug"))
-    first = learn_folder(cfg, cfg.seed)
-    return first.parent / f"table_{first.name.rsplit('_', 1)[0]}_{short_hash(values | {'num_exp': cfg.num_exp})}"
-
-
-def distill(resolved: Resolved[DcConfig], command: CommandLine) -> None:
-    """Learn the sets, one after another, then judge them."""
-    cfg = resolved.config
-    if command.dry_run:
-        outer, inner = cfg.condense.loops
-        work = f"{cfg.condense.niter} x {outer} steps, {inner} epochs between"
-        dry_run(resolved, learn_folder(cfg, cfg.seed), cfg.condense.ipc, work)
-        return
-    with init_script(command.gpu, cfg.tf32, cfg.seed, cfg.debug) as world, stop_flag() as flag:
-        if cfg.generate_pretrained:
-            job = FeatJob(cfg, cfg.condense.ipc, world, flag)
-            for seed in cfg.seeds:
-                job.start(cfg.condense.init, cfg.condense.load_path, seed)
-            return
-        table = RunFolder(judge_folder(cfg), nested(cfg), world, command.overwrite)
-        if not table.said_finished():
-            job = FeatJob(cfg, cfg.condense.ipc, world, flag)
-            if world.main:
-                claim(table.folder, job.origin)
-            runs = {seed: learn(cfg, job, seed, command.overwrite) for seed in cfg.seeds}
-            FeatRows(job, runs).judge(table)
-        show(table)
-
-
-def learn(cfg: DcConfig, job: FeatJob, seed: int, overwrite: bool) -> Path:
-    """Learn one set, from its last state if there is one; its folder."""
-    world = job.world
-    run = RunFolder(learn_folder(cfg, seed), nested(cfg), world, overwrite)
-    if run.said_finished():
-        return run.folder
-    if world.main:
-        claim(run.folder, job.origin)
-
-    def score(found: SyntheticSet) -> float:
-        numbers = held_out_numbers(job, found, seed)
-        log.info("validation: " + ", ".join(f"{name} {value:.1f}" for name, value in numbers.items()))
-        return list(numbers.values())[-2]  # with F where there is one, without views
-
-    result = learning_loop(make_condenser(cfg, job, seed), run, job.flag, score, cfg.debug)
-    if world.main:
-        export(load_synthetic(run.folder / "distilled_data" / "syn_data_best.pth"), run.folder / "export")
-    log.info(f"learned set: {run.folder / 'distilled_data'}; for other programs: {run.folder / 'export'}")
-    run.finish(result)
-    return run.folder
-
-
-def make_condenser(cfg: DcConfig, job: FeatJob, seed: int) -> GradientCondenser:
+def learner(job: FeatJob[DcConfig], seed: int) -> GradientCondenser:
     """The condenser of this rank's classes."""
-    c, world = cfg.condense, job.world
+    cfg, world = job.cfg, job.world
     return GradientCondenser(
         nclass_list=[
             distribute_class(cfg.dataset.nclass, cfg.debug, rank=rank, size=world.size) for rank in range(world.size)
         ],
-        settings=c, feature=cfg.feature, images=job.train, start=job.start(c.init, c.load_path, seed),
+        settings=cfg.condense, feature=cfg.feature, images=job.train, start=job.start(seed),
         network=lambda iteration: job.fresh(seed, "outer network", iteration), map_shape=job.map_shape,
         batch_real=cfg.dataset.batch_real, seed=seed, world=world, meta=job.notes(),
     )  # fmt: skip
 
 
+def plan(cfg: DcConfig) -> str:
+    """The iterations in words."""
+    outer, inner = cfg.condense.loops
+    return f"{cfg.condense.niter} x {outer} steps, {inner} epochs between"
+
+
+DC = Method("dc", job_of, learner, plan)
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", HERE, DcConfig, DC_OPTIONS, distill, DEFAULT)
+    return run_program(__doc__ or "", HERE, DcConfig, DC_OPTIONS, DC.run, DEFAULT)
 
 
 if __name__ == "__main__":

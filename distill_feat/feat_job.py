@@ -1,6 +1,7 @@
 """What the programs of feature labels share: configuration, data, networks, and the set as it starts."""
 
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -11,9 +12,10 @@ from condenser.coresets import random_subset
 from condenser.export import sha256
 from condenser.feature_labels import FeatureConfig, Shape, feature_of, label_shape
 from condenser.feature_student import PASS, StudentConfig
+from condenser.loop import SetConfig
 from condenser.synthetic_set import Note, SyntheticSet, checked, load_synthetic
-from config import ConfigError, LocalPath, Option, Section, named
-from distill_feat.feat_names import DATA_OPTIONS, LAST, MODELS, POOLINGS, RowName
+from config import ConfigError, LocalPath, Section, named
+from distill_feat.feat_names import RowName
 from utils.augment import Augmenter, BatchAugmentConfig
 from utils.ddp import World, kept_classes
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, NetType, image_network
@@ -25,33 +27,6 @@ from utils.teachers import PretrainConfig, load_bank, missing_members, train_ban
 from utils.utils_image import ImageDatasetConfig, ImageSet, load_images
 
 NORM_BATCHES = 16  # whose mean statistics batch norm gets
-# The requirement's flags.
-OPTIONS = (
-    *DATA_OPTIONS,
-    Option("model", "network.net_type", "value", "kind of network, named after --dataset", expands=MODELS),
-    Option("ipc", "condense.ipc", "value", "images to learn per class"),
-    Option("init", "condense.init", "value", "where they start", ("real", "noise", "load")),
-    Option("load_path", "condense.load_path", "path", "a saved set for --init load"),
-    Option("generate_pretrained", "generate_pretrained", "flag", "only write the set as it starts"),
-    Option("lbd", "feature.lbd", "value", "weight of the features' squared error"),
-    Option("lbd_contrast", "feature.lbd_contrast", "value", "weight of the labels' contrast"),
-    Option("feat_lbd", "feature.feat_lbd", "value", "weight of CE(C(F), y)"),
-    Option("lr_feat", "feature.lr_feat", "value", "step size of feature labels"),
-    Option("feat_opt", "feature.feat_opt", "value", "their optimiser", ("sgd", "adam")),
-    Option("pooling", "feature.pooling", "value", "none: F is the map, else a channel", tuple(POOLINGS), POOLINGS),
-    Option("layer_idx", "feature.layer_idx", "value", "block whose map is labelled, 1 = the first", expands=LAST),
-    Option("n_feat", "feature.n_feat", "value", "labels of a sample"),
-    Option("use_feature", "feature.use_feature", "value", "of several labels", ("mean", "random")),
-    Option("batch_real", "dataset.batch_real", "value", "real images of a class and step"),
-    Option("batch_train", "condense.batch_train", "value", "images of a step of the inner loop"),
-    Option("batch_invariant", "evaluation.batch_invariant", "value", "same bits always", ("off", "eval", "train")),
-    Option("tta", "evaluation.tta", "flag", "test with views, too"),
-    Option("tta_mode", "evaluation.tta_mode", "value", "none, hflip, fivecrop, hflip5 or shift"),
-    Option("eval_it", "condense.val_every", "value", "iterations between evaluations on validation"),
-    Option("Iteration", "condense.niter", "value", "iterations"),
-    Option("num_exp", "num_exp", "value", "sets to learn, from seed, seed + 1 ..."),
-    Option("num_eval", "evaluation.repeat", "value", "students of a row and set"),
-)  # fmt: skip
 
 
 class FeatPretrainConfig(PretrainConfig, BatchAugmentConfig):
@@ -73,6 +48,7 @@ class FeatConfig(Section):
     network: ImageNetworkConfig
     pretrain: FeatPretrainConfig
     feature: FeatureConfig | None = FeatureConfig()  # null: images alone
+    condense: SetConfig
     evaluation: FeatEvaluationConfig
     seed: int = 0
     num_exp: int = Field(1, ge=1)  # sets to learn, from seed, seed + 1 ...
@@ -98,11 +74,16 @@ class FeatConfig(Section):
         return tuple(range(self.seed, self.seed + self.num_exp))
 
 
-class FeatJob:
+C = TypeVar("C", bound=FeatConfig, covariant=True)
+
+
+class FeatJob(Generic[C]):
     """Data and networks of a run on this rank."""
 
-    def __init__(self, cfg: FeatConfig, ipc: int, world: World, flag: StopFlag) -> None:
-        self.cfg, self.ipc, self.world, self.flag = cfg, ipc, world, flag
+    soft_labels = False  # whether a learned set has them
+
+    def __init__(self, cfg: C, world: World, flag: StopFlag) -> None:
+        self.cfg, self.ipc, self.world, self.flag = cfg, cfg.condense.ipc, world, flag
         corpus = load_images(cfg.dataset)
         keep = cfg.dataset.load_memory
         self.train, self.val, self.test = (
@@ -143,14 +124,14 @@ class FeatJob:
         """Networks trained on the real images, each rank its share; kept for other runs."""
         cfg, world = self.cfg, self.world
         settings = cfg.pretrain.model_copy(update={"epochs": max(epochs, 1)})
-        values = named(cfg, ("dataset.", "network.", "pretrain.", "tf32")) | {"pretrain.epochs": epochs}
+        values = named(cfg, ("dataset.", "network.", "pretrain.", "zca", "tf32")) | {"pretrain.epochs": epochs}
         values = {k: v for k, v in values.items() if k not in ("dataset.batch_real", "dataset.load_memory")}
         name = f"{cfg.network.net_type}_{short_hash(values)}"
         folder = Path(world.broadcast(str(cfg.pretrained_dir / cfg.dataset.dataset / "feature_networks" / name)))
         nets = [self.fresh(settings.seed, "feature network", i) for i in range(count)]
         if epochs:
             if world.main:
-                claim(folder, self.origin, "delete the folder")
+                claim(folder, {"images": self.origin["images"]}, "delete the folder")
             missing = world.broadcast(missing_members(folder, count, epochs))
             if missing:
                 log.info(f"training {len(missing)} of {count} networks for {epochs} epochs into {folder}")
@@ -189,19 +170,25 @@ class FeatJob:
             "use_feature": f.use_feature, "scope": f.scope, "net": net,
         }  # fmt: skip
 
-    def start(self, init: str, load_path: Path | None, seed: int) -> SyntheticSet:
+    def start_values(self) -> dict[str, object]:
+        """What makes a start what it is, besides its seed."""
+        cfg, path = self.cfg, self.cfg.condense.load_path
+        values = named(cfg, ("dataset.", "network.", "pretrain.", "feature", "zca", "debug"))
+        values["load_path"] = str(path)
+        if cfg.condense.init == "load" and path and path.is_file():
+            values["loaded"] = sha256(path)
+        return values
+
+    def start(self, seed: int) -> SyntheticSet:
         """The set as it starts, from its artefact, which is made where it is not there."""
         cfg, world = self.cfg, self.world
-        values = named(cfg, ("dataset.", "network.", "pretrain.", "feature", "debug")) | {"load_path": str(load_path)}
-        if init == "load" and load_path and load_path.is_file():
-            values["loaded"] = sha256(load_path)
-        name = f"start_{init}_seed{seed}_{short_hash(values)}"
+        name = f"start_{cfg.condense.init}_seed{seed}_{short_hash(self.start_values())}"
         folder = Path(world.broadcast(str(cfg.pretrained_dir / cfg.dataset.dataset / f"ipc{self.ipc}" / name)))
         path = folder / "syn_data_0.pth"
         there = world.broadcast(path.exists())
-        first = None if there else self.first_images(init, load_path, seed)
+        first = None if there else self.first_images(seed)
         if world.main:
-            claim(folder, self.origin, "delete the folder")
+            claim(folder, {"images": self.origin["images"]}, "delete the folder")
         if first is not None:
             assigned = cfg.feature if first.features is None else None
             networks = self.trained(assigned.n_feat, assigned.epochs) if assigned else []
@@ -211,9 +198,10 @@ class FeatJob:
         log.info(f"start{'' if there else ' written'}: {path}")
         return load_synthetic(path)
 
-    def first_images(self, init: str, load_path: Path | None, seed: int) -> SyntheticSet:
+    def first_images(self, seed: int) -> SyntheticSet:
         """Images that start a set: real ones, noise in the normaliser's units, or those of another set, with its labels
         where they are of the configured kind. Raises ConfigError where there are too few, or too many."""
+        init, load_path = self.cfg.condense.init, self.cfg.condense.load_path
         nclass, norm = self.cfg.dataset.nclass, self.train.normaliser
         owner = torch.tensor(self.kept).repeat_interleave(self.ipc)
         if init == "load" and load_path:
@@ -230,7 +218,7 @@ class FeatJob:
             return SyntheticSet(found.data[keep].float(), found.targets[keep], owner, None, self.notes(), labels, norm)
         if init == "noise":
             noise = torch.randn(len(owner), *self.image_shape, generator=generator(seed, "noise"))
-            pixels = noise * norm.std[:, None, None] + norm.mean[:, None, None]
+            pixels = norm.inverse(noise)
         else:
             real = self.real(self.ipc, seed)
             if len(real) < len(owner):

@@ -35,3 +35,32 @@ DATA_OPTIONS = (
     Option("dataset", "dataset.dataset", "value", "with its size, classes and depth", tuple(DATASETS), DATASETS),
     Option("subset", "dataset.dataset", "value", "ten classes of ImageNet, named after --dataset", tuple(TEN), TEN),
 )
+LOADED = ("condense.init=load", "condense.load_path={}")
+# Those that every method with feature labels has.
+OPTIONS = (
+    *DATA_OPTIONS,
+    Option("model", "network.net_type", "value", "kind of network, named after --dataset", expands=MODELS),
+    Option("ipc", "condense.ipc", "value", "images to learn per class"),
+    Option("init", "condense.init", "value", "where they start; or the file of a saved set", or_path=LOADED),
+    Option("load_path", "condense.load_path", "path", "a saved set for --init load"),
+    Option("learn_images", "condense.learn_images", "flag", "learn the images, not only F"),
+    Option("lr_img", "condense.lr_img", "value", "step size of the images"),
+    Option("aug_type", "condense.aug_type", "value", "DSA's operations, as in color/crop/cutout/flip/scale/rotate"),
+    Option("generate_pretrained", "generate_pretrained", "flag", "only write the set as it starts"),
+    Option("lbd", "feature.lbd", "value", "weight of the features' squared error"),
+    Option("lbd_contrast", "feature.lbd_contrast", "value", "weight of the labels' contrast"),
+    Option("feat_lbd", "feature.feat_lbd", "value", "weight of CE(C(F), y)"),
+    Option("lr_feat", "feature.lr_feat", "value", "step size of feature labels"),
+    Option("feat_opt", "feature.feat_opt", "value", "their optimiser", ("sgd", "adam")),
+    Option("pooling", "feature.pooling", "value", "none: F is the map, else a channel", tuple(POOLINGS), POOLINGS),
+    Option("layer_idx", "feature.layer_idx", "value", "block whose map is labelled, 1 = the first", expands=LAST),
+    Option("n_feat", "feature.n_feat", "value", "labels of a sample"),
+    Option("use_feature", "feature.use_feature", "value", "of several labels", ("mean", "random")),
+    Option("batch_invariant", "evaluation.batch_invariant", "value", "same bits always", ("off", "eval", "train")),
+    Option("tta", "evaluation.tta", "flag", "test with views, too"),
+    Option("tta_mode", "evaluation.tta_mode", "value", "none, hflip, fivecrop, hflip5 or shift"),
+    Option("eval_it", "condense.val_every", "value", "iterations between evaluations on validation"),
+    Option("Iteration", "condense.niter", "value", "iterations"),
+    Option("num_exp", "num_exp", "value", "sets to learn, from seed, seed + 1 ..."),
+    Option("num_eval", "evaluation.repeat", "value", "students of a row and set"),
+)  # fmt: skip

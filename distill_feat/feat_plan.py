@@ -1,6 +1,7 @@
 """What a run of feature labels would do: values, the classes of each rank, iterations, storage; starts nothing."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -11,12 +12,14 @@ from utils.ddp import environment_rank, environment_size
 from utils.dry_run import print_classes, print_values
 from utils.image_networks import image_network
 
+C = TypeVar("C", bound=FeatConfig)
 
-def dry_run(resolved: Resolved[FeatConfig], folder: Path, ipc: int, work: str) -> None:
+
+def dry_run(resolved: Resolved[C], folder: Path, work: str) -> None:
     """Print the plan (rank 0)."""
     if environment_rank():
         return
-    cfg, f = resolved.config, resolved.config.feature
+    cfg, f, ipc = resolved.config, resolved.config.feature, resolved.config.condense.ipc
     print_values(resolved, folder)
     print_classes([1.0] * cfg.dataset.nclass, cfg.debug, environment_size())
     d = cfg.dataset

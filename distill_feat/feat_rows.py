@@ -17,7 +17,7 @@ from condenser.feature_student import PASS, FeatureScore, FeatureSet, feature_se
 from condenser.students import OnStep, judge_students
 from condenser.synthetic_image import image_grid
 from condenser.synthetic_set import SyntheticSet, load_synthetic
-from distill_feat.feat_job import FeatJob
+from distill_feat.feat_job import FeatConfig, FeatJob
 from distill_feat.feat_names import NAMES, RowName
 from utils.checkpoint import atomic_write
 from utils.image_networks import ImageNetwork, NetType
@@ -27,13 +27,14 @@ from utils.run_folder import RunFolder, log
 Task = tuple[RowName, int, int, NetType | None]  # row, seed of the set, number and architecture of the student
 SOFT = ("distilled_soft", "random_soft")
 WITH_LABELS = ("distilled_feature", "start_feature")
+OF_SET = (*WITH_LABELS, "distilled", "start")  # with the labels that the set itself has
 SCORES = {"last": "last", "last_views": "last, views", "selected": "selected", "selected_views": "selected, views"}
 
 
 class FeatRows:
     """Makes the training sets of the rows and judges students on them."""
 
-    def __init__(self, job: FeatJob, runs: dict[int, Path]) -> None:
+    def __init__(self, job: FeatJob[FeatConfig], runs: dict[int, Path]) -> None:
         """`runs`: the folder of every seed's learned set. All ranks together: missing networks are trained."""
         self.job, self.runs, cfg = job, runs, job.cfg
         self.rows = [row for row in cfg.evaluation.rows if cfg.feature is not None or row not in WITH_LABELS]
@@ -48,7 +49,7 @@ class FeatRows:
         """Float32 numbers a class of a row with `ipc` images."""
         job, f = self.job, self.job.cfg.feature
         count = f.n_feat if f and row in WITH_LABELS else 0
-        soft = job.cfg.dataset.nclass if row in SOFT else 0
+        soft = job.cfg.dataset.nclass if row in SOFT or (job.soft_labels and row in OF_SET) else 0
         return float_count(job.image_shape, self.label_shape, count, ipc, f.scope if f else "sample", soft)
 
     def ipc(self, row: RowName) -> int:
@@ -177,7 +178,7 @@ class FeatRows:
         log.info(f"judged: {run.folder}")
 
 
-def held_out_numbers(job: FeatJob, found: SyntheticSet, seed: int) -> dict[str, float]:
+def held_out_numbers(job: FeatJob[FeatConfig], found: SyntheticSet, seed: int) -> dict[str, float]:
     """Validation accuracy of one student without and, where there are labels, with them; each with views, too."""
     cfg, numbers = job.cfg, dict[str, float]()
     for name, labelled in (("no F", False), ("F", True)):

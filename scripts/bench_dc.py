@@ -34,9 +34,10 @@ from condenser.synthetic_set import SyntheticSet
 from scripts.versus import seconds
 from utils.ddp import World, choose_device, process_group
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, image_network
+from utils.normaliser import Normaliser
 from utils.program import leave
 from utils.streams import generator
-from utils.utils_image import ImageSet, Normaliser
+from utils.utils_image import ImageSet
 
 
 @dataclass(frozen=True)

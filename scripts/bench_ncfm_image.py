@@ -41,10 +41,11 @@ from scripts.versus import (
 )
 from utils.ddp import World, choose_device, process_group
 from utils.image_networks import ImageNetworkConfig, image_network
+from utils.normaliser import Normaliser
 from utils.program import leave
 from utils.streams import generator
 from utils.teachers import TeacherBank, trainable
-from utils.utils_image import ImageSet, Normaliser
+from utils.utils_image import ImageSet
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from distill_feat import buffer
 from utils.augment import draw_augmentation
 from utils.expert_buffers import ExpertBuffer, expert_file, find_experts
 from utils.image_networks import ImageNetwork, image_network
+from utils.normaliser import load_zca
 from utils.streams import generator
 from utils.utils_image import load_images
-from utils.zca import load_zca, zca_sha256
+from utils.zca import zca_sha256
 
 PROGRAM = ROOT / "distill_feat" / "buffer.py"
 FILES = ROOT / "config" / "distill_feat" / "buffer"

@@ -16,7 +16,7 @@ from torch import Tensor
 from condenser.export import LOADER, export, load_export
 from condenser.synthetic_set import Note, SyntheticSet
 from config import ConfigError
-from utils.utils_image import Normaliser
+from utils.normaliser import Normaliser
 
 NOTES: dict[str, Note] = {
     "dataset": "digits", "factor": 1, "form": "channel", "pooling": "avg", "layer_idx": 0, "lbd": 0.1,
@@ -91,7 +91,7 @@ def test_the_loader_runs_without_this_package(tmp_path: Path) -> None:
     mean, std = (np.array(values, np.float32)[:, None, None] for values in ([0.49, 0.48, 0.45], [0.2, 0.19, 0.21]))
     np.testing.assert_array_equal(images, (found.data.numpy() - mean) / std)
     assert labels.tolist() == [0, 0, 1, 1, 2, 2] and torch.equal(features, found.features)
-    assert len(LOADER.splitlines()) == 10
+    assert len(LOADER.splitlines()) <= 14
 
 
 @pytest.mark.parametrize("change, part", [

@@ -27,9 +27,10 @@ from condenser.synthetic_set import SyntheticSet
 from config import ConfigError
 from utils.ddp import World, process_group
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, image_network
+from utils.normaliser import Normaliser
 from utils.stopping import StopFlag, Stopped
 from utils.streams import generator
-from utils.utils_image import ImageSet, Normaliser
+from utils.utils_image import ImageSet
 
 CLASSES, SIZE, COUNT = 4, 8, 40
 NORM = Normaliser(torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3]))

@@ -19,10 +19,11 @@ from condenser.synthetic_set import SyntheticSet, load_synthetic
 from utils.augment import draw_augmentation
 from utils.ddp import World, distribute_class, process_group
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, image_network
+from utils.normaliser import Normaliser
 from utils.run_folder import RunFolder
 from utils.stopping import StopFlag, Stopped
 from utils.streams import generator
-from utils.utils_image import ImageSet, Normaliser
+from utils.utils_image import ImageSet
 
 CLASSES, IPC, COUNT, SIZE, WIDTH, SEED = 3, 2, 5, 8, 4, 7
 DSA = "color_crop_cutout_flip_scale_rotate"

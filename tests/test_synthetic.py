@@ -12,7 +12,7 @@ from condenser.coresets import herding_subset, k_center_subset, random_subset
 from condenser.synthetic_set import Note, SyntheticSet, checked, load_dataset, load_synthetic
 from condenser.synthetic_text import RowShape, decode, framed, student_view
 from config import ConfigError
-from utils.utils_image import Normaliser
+from utils.normaliser import Normaliser
 
 
 def small() -> SyntheticSet:

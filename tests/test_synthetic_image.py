@@ -16,8 +16,9 @@ from condenser.synthetic_image import (
 )
 from condenser.synthetic_set import Note, SyntheticSet
 from config import ConfigError
+from utils.normaliser import Normaliser
 from utils.streams import generator
-from utils.utils_image import ImageSet, Normaliser
+from utils.utils_image import ImageSet
 
 
 def flat(values: Tensor, size: int = 8) -> Tensor:

@@ -33,7 +33,7 @@ from condenser.trajectory import (
     step_size,
     trajectory_memory,
 )
-from utils.augment import draw_augmentation
+from utils.augment import Augmentation, draw_augmentation
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, image_network
 from utils.streams import generator
 
@@ -54,8 +54,12 @@ def batch(step: int) -> Tensor:
     return torch.randperm(N, generator=generator(0, "batch", step))[:B]
 
 
-def seen(x: Tensor, step: int) -> Tensor:
-    return draw_augmentation("color_crop_flip_scale", B, generator(0, "augmentation", step))(x[batch(step)])
+def view(step: int) -> Augmentation:
+    return draw_augmentation("color_crop_flip_scale", B, generator(0, "augmentation", step))
+
+
+def batches(steps: int, leaves: int = 3) -> list[list[Tensor]]:
+    return [[batch(step)] * leaves for step in range(steps)]
 
 
 @dataclass
@@ -69,13 +73,10 @@ class Problem:
 
     @property
     def loss(self) -> StepLoss:
-        x, y, features = self.leaves
         body = flat_network(self.net, self.sample_losses)
 
-        def loss(theta: Tensor, step: int, part: slice) -> Tensor:
-            which = batch(step)
-            views, targets, labels = seen(x, step), y[which].softmax(1), features[which]
-            return body(theta, views[part], targets[part], labels[part]).sum() / B
+        def loss(theta: Tensor, step: int, part: slice, x: Tensor, y: Tensor, features: Tensor, *_: Tensor) -> Tensor:
+            return body(theta, view(step).part(part)(x), y.softmax(1), features).sum() / B
 
         return loss
 
@@ -85,7 +86,7 @@ class Problem:
     def match(self, steps: int, most: int = B, mode: Mode = "exact", keep: int = 0, limit: float = math.inf) -> Match:
         parts = [micro_batches(B, most)] * steps
         return match_trajectory(
-            self.loss, self.theta, self.target, self.alpha, self.leaves, parts, mode, keep, limit=limit
+            self.loss, self.theta, self.target, self.alpha, self.leaves, batches(steps), parts, mode, keep, limit=limit
         )
 
 
@@ -115,7 +116,7 @@ def unroll(p: Problem, steps: int, first_order: bool = False) -> tuple[float, Te
     for step in range(steps):
         which = batch(step)
         at = {name: w.detach().requires_grad_() for name, w in theta.items()} if first_order else theta
-        logits, maps = student(at, seen(x, step))
+        logits, maps = student(at, view(step)(x[which]))
         found = {"map": maps, "channel": maps.mean((2, 3)), "spatial": maps.mean(1)}[p.form]
         loss = F.cross_entropy(logits, y[which].softmax(1)) + LBD * F.mse_loss(found, features[which])
         slopes = torch.autograd.grad(loss, list(at.values()), create_graph=True)
@@ -178,7 +179,8 @@ def test_samples_that_no_step_uses_get_zeros() -> None:
     p = problem()
     unused = sorted(set(range(N)) - set(batch(0).tolist()))
     extra = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    found = match_trajectory(p.loss, p.theta, p.target, p.alpha, [*p.leaves, extra], [[slice(0, B)]])
+    which = [[*batches(1)[0], torch.zeros(B, dtype=torch.long)]]
+    found = match_trajectory(p.loss, p.theta, p.target, p.alpha, [*p.leaves, extra], which, [[slice(0, B)]])
     for slope in gradients(found)[:3]:
         assert not slope[unused].any() and slope[batch(0)].flatten(1).any(1).all()
     assert torch.equal(gradients(found)[3], torch.zeros(2, dtype=torch.float64))
@@ -188,7 +190,7 @@ def test_gradients_go_on_to_what_leaves_and_step_size_are_made_of() -> None:
     p = problem()
     raw = torch.tensor(raw_step_size(0.05, 0.02), dtype=torch.float64, requires_grad=True)
     alpha = step_size(raw, 0.02)
-    found = match_trajectory(p.loss, p.theta, p.target, alpha, p.leaves, [[slice(0, B)]] * 3)
+    found = match_trajectory(p.loss, p.theta, p.target, alpha, p.leaves, batches(3), [[slice(0, B)]] * 3)
     torch.autograd.backward((*p.leaves, alpha), gradients(found))
     expected = unroll(p, 3)[2]
     for leaf, other in zip(p.leaves, expected, strict=False):
@@ -230,7 +232,10 @@ def test_ranks_that_share_out_the_samples_of_a_step_find_the_same() -> None:
             return whole
 
         p = own[rank]
-        found[rank] = match_trajectory(p.loss, p.theta, p.target, p.alpha, p.leaves, shares[rank], keep=2, total=total)
+        which = batches(5)
+        found[rank] = match_trajectory(
+            p.loss, p.theta, p.target, p.alpha, p.leaves, which, shares[rank], keep=2, total=total
+        )
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -295,7 +300,7 @@ def test_live_bytes_are_those_of_storages() -> None:
 @pytest.mark.parametrize("most, mode", [(B, "exact"), (2, "exact"), (4, "tesla")])
 def test_the_memory_estimate_is_the_peak_of_the_whole_run(most: int, mode: Mode) -> None:
     p, parts = problem(), [micro_batches(B, most)] * 8
-    memory = trajectory_memory(p.loss, p.theta, p.leaves, parts, mode)
+    memory = trajectory_memory(p.loss, p.theta, p.leaves, batches(8), parts, mode)
     for keep in (0, 1, 4, 8):
         with Live([p.theta, p.target, *p.leaves]) as live:
             p.match(8, most, mode, keep)

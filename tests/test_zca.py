@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from config import ConfigError
-from utils.utils_image import ImageDatasetConfig, ImageSet, Normaliser, load_images
-from utils.zca import EPS, fit_zca, load_zca, same_zca, whitened, zca_sha256
+from utils.normaliser import Normaliser, load_zca, same_zca
+from utils.utils_image import ImageDatasetConfig, ImageSet, load_images
+from utils.zca import EPS, fit_zca, whitened, zca_sha256
 
 CPU = torch.device("cpu")
 

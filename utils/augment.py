@@ -56,6 +56,10 @@ class Augmentation:
     names: tuple[str, ...]
     numbers: dict[str, Tensor]  # of an operation: [B or 1, 3]
 
+    def part(self, which: slice) -> "Augmentation":
+        """The same of some of the images, where each has its own numbers."""
+        return Augmentation(self.names, {name: u[which] for name, u in self.numbers.items()})
+
     def __call__(self, x: Tensor) -> Tensor:
         """The images [B, C, H, W], augmented: colour first, then place, then cutout."""
         for name in OPERATIONS:

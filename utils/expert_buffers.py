@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from config import ConfigError, Section
 from utils.checkpoint import load_pth
 from utils.image_readers import reading
-from utils.zca import same_zca
+from utils.normaliser import same_zca
 
 Parameters = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -127,17 +127,21 @@ class ExpertBuffer:
     def __len__(self) -> int:
         return len(self.files)
 
-    def draw(self, expert: int, epoch: int) -> Tensor:
-        """The snapshot [P] after `epoch` epochs, a copy; no other is read. Raises ConfigError if it is not kept."""
+    def check_epoch(self, epoch: int) -> None:
+        """Raises ConfigError for an epoch that is not kept."""
         first, last = self.notes.first, self.notes.last
         if not first <= epoch <= last:
             raise ConfigError(
                 f"{self.folder}: keeps epochs {first} to {last}, not {epoch}: lower max_start_epoch or expert_epochs, "
                 "or make experts that keep it"
             )
+
+    def draw(self, expert: int, epoch: int) -> Tensor:
+        """The snapshot [P] after `epoch` epochs, a copy; no other is read. Raises ConfigError if it is not kept."""
+        self.check_epoch(epoch)
         path = self.files[expert]
         with reading(path, "a file of snapshots", SafetensorError), safe_open(path, "pt") as file:
-            snapshot: Tensor = file.get_slice("snapshots")[epoch - first]
+            snapshot: Tensor = file.get_slice("snapshots")[epoch - self.notes.first]
         return snapshot.clone()  # the other is a view of the mapped file
 
     def check(self, dataset: str, net: nn.Module, zca: str) -> None:

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate, one_hot
 from config import ConfigError
 from utils.data_config import DataConfig
 from utils.image_readers import RawSplit, read_images, reading
+from utils.normaliser import Normaliser
 from utils.streams import generator
 
 GREY = ("digits", "mnist", "fashionmnist")
@@ -34,18 +35,6 @@ class ImageDatasetConfig(DataConfig):
     def absent(self) -> bool:
         """Whether it is not there to be read."""
         return self.dataset != "digits" and (self.data_dir is None or not self.data_dir.exists())
-
-
-@dataclass(frozen=True)
-class Normaliser:
-    """Mean and deviation of every channel [C], of pixels between 0 and 1."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, C, H, W] in 0 ... 1 -> mean 0, deviation 1."""
-        return (pixels - self.mean.to(pixels)[:, None, None]) / self.std.to(pixels)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -102,7 +91,7 @@ class ImageSet:
     def to(self, device: torch.device) -> "ImageSet":
         """The same images on `device`, where they are in memory."""
         images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
-        return ImageSet(images, self.targets, self.size, self.normaliser)
+        return ImageSet(images, self.targets, self.size, self.normaliser.to(device))
 
     @property
     def channels(self) -> int:
