@@ -43,7 +43,7 @@ from condenser.trajectory import (
     trajectory_memory,
 )
 from config import ConfigError
-from utils.augment import draw_augmentation
+from utils.augment import AugType, draw_augmentation
 from utils.ddp import World
 from utils.expert_buffers import ExpertBuffer
 from utils.image_networks import ImageNetwork
@@ -60,7 +60,7 @@ class TrajectoryConfig(SetConfig):
 
     niter: int = Field(5000, ge=0)
     lr_img: float = Field(1000.0, gt=0)
-    aug_type: str = "color/crop/cutout/flip/scale/rotate"
+    aug_type: AugType = "color/crop/cutout/flip/scale/rotate"
     syn_steps: int = Field(20, ge=1)  # of the student
     batch_syn: int | None = Field(None, ge=1)  # samples of one of them; None: the whole set
     expert_epochs: int = Field(2, ge=1)  # of the expert, which the student's steps should be worth
@@ -320,7 +320,7 @@ class TrajectoryCondenser(Learner):
             # A sample counts 1 / B for every step that has it in its batch of B.
             weights = labels.new_zeros(len(self.owner))
             for ids in start.batches:
-                weights.index_add_(0, ids, torch.full(ids.shape, 1 / len(ids), device=ids.device))
+                weights.index_add_(0, ids, weights.new_full(ids.shape, 1 / len(ids)))
             targets = self.logits.detach().softmax(1) if self.settings.soft_labels else self.targets
             set_parameters(self.net, start.target)
             for rows in several:

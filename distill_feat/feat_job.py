@@ -80,8 +80,6 @@ C = TypeVar("C", bound=FeatConfig, covariant=True)
 class FeatJob(Generic[C]):
     """Data and networks of a run on this rank."""
 
-    soft_labels = False  # whether a learned set has them
-
     def __init__(self, cfg: C, world: World, flag: StopFlag) -> None:
         self.cfg, self.ipc, self.world, self.flag = cfg, cfg.condense.ipc, world, flag
         corpus = load_images(cfg.dataset)

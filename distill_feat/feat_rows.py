@@ -45,11 +45,17 @@ class FeatRows:
         """Of a feature label."""
         return self.job.label_shape
 
+    @cached_property
+    def soft(self) -> bool:
+        """Whether the sets have soft labels, learned or brought along."""
+        first = load_synthetic(self.runs[self.job.cfg.seed] / "distilled_data" / "syn_data_0.pth")
+        return not bool((first.targets.amax(1) == 1).all())
+
     def floats(self, row: RowName, ipc: int) -> float:
         """Float32 numbers a class of a row with `ipc` images."""
         job, f = self.job, self.job.cfg.feature
         count = f.n_feat if f and row in WITH_LABELS else 0
-        soft = job.cfg.dataset.nclass if row in SOFT or (job.soft_labels and row in OF_SET) else 0
+        soft = job.cfg.dataset.nclass if row in SOFT or (row in OF_SET and self.soft) else 0
         return float_count(job.image_shape, self.label_shape, count, ipc, f.scope if f else "sample", soft)
 
     def ipc(self, row: RowName) -> int:

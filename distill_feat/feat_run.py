@@ -56,10 +56,10 @@ class Method(Generic[C, J]):
         """Learn one set, from its last state if there is one; its folder."""
         world = job.world
         run = RunFolder(self.learn_folder(cfg, seed), nested(cfg), world, overwrite)
-        if run.said_finished():
-            return run.folder
         if world.main:
             claim(run.folder, job.origin)
+        if run.said_finished():
+            return run.folder
 
         def score(found: SyntheticSet) -> float:
             numbers = held_out_numbers(job, found, seed)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from condenser.feature_student import PASS
@@ -48,6 +49,17 @@ class TrajectoryRunConfig(FeatConfig):
     zca: bool = False
     buffer_path: LocalPath = Path("../pretrained_models/experts")
 
+    @model_validator(mode="after")
+    def something(self) -> "TrajectoryRunConfig":
+        """Something is learned from the trajectories, not the step size alone."""
+        c = self.condense
+        if not (c.learn_images or c.soft_labels or (self.feature and self.feature.learn)):
+            raise ValueError(
+                "condense.learn_images: false, and neither soft nor feature labels are learned; set it true, "
+                "condense.soft_labels: true, or feature.learn: true"
+            )
+        return self
+
 
 class TrajectoryJob(FeatJob[TrajectoryRunConfig]):
     """Data, whitened as for the experts, networks and experts of a run on this rank."""
@@ -57,7 +69,6 @@ class TrajectoryJob(FeatJob[TrajectoryRunConfig]):
     def __init__(self, cfg: TrajectoryRunConfig, world: World, flag: StopFlag) -> None:
         """Raises ConfigError where no experts fit data, network and whitening."""
         super().__init__(cfg, world, flag)
-        self.soft_labels = cfg.condense.soft_labels
         sha256 = zca_sha256(self.train) if cfg.zca else ""
         self.experts = find_experts(cfg.buffer_path, cfg.dataset.dataset, self.fresh(0, "shape"), sha256)
         if cfg.zca:

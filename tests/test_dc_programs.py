@@ -352,10 +352,10 @@ def test_a_random_row_has_an_image_where_the_budget_holds_none(run: Callable[...
 
 
 @contextmanager
-def job_of(lab: Lab, *more: str) -> Iterator[FeatJob]:
+def job_of(lab: Lab, *more: str) -> Iterator[FeatJob[dc.DcConfig]]:
     cfg = add_args_from_yaml(dc.DcConfig, lab.folder / "short.yaml", more, PROGRAM.parent).config
     with process_group(torch.device("cpu")) as world:
-        yield FeatJob(cfg, 2, world, StopFlag())
+        yield FeatJob(cfg, world, StopFlag())
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])

@@ -149,10 +149,11 @@ def test_foreign_experts_are_refused(tmp_path: Path, dataset: str, net: nn.Modul
 def test_the_one_fitting_folder_is_found(tmp_path: Path) -> None:
     for name, zca in (("a/plain", ""), ("b/white", ZCA)):
         write(tmp_path / name, 0, notes(zca=zca))
+    write(tmp_path / "others", 0, notes(dataset="cifar10"))
     assert find_experts(tmp_path, "digits", network(), ZCA).folder == tmp_path / "b" / "white"
     with pytest.raises(ConfigError) as error:
         find_experts(tmp_path, "digits", network(), "c")
-    assert len(str(error.value).splitlines()) == 2
+    assert len(str(error.value).splitlines()) == 2  # of those of other data nothing is said
     write(tmp_path / "c", 0, notes(last=2))
     with pytest.raises(ConfigError, match="2 folders of fitting experts, b/white, c: name one"):
         find_experts(tmp_path, "digits", network(), ZCA)

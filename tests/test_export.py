@@ -16,7 +16,7 @@ from torch import Tensor
 from condenser.export import LOADER, export, load_export
 from condenser.synthetic_set import Note, SyntheticSet
 from config import ConfigError
-from utils.normaliser import Normaliser
+from utils.normaliser import Normaliser, Zca
 
 NOTES: dict[str, Note] = {
     "dataset": "digits", "factor": 1, "form": "channel", "pooling": "avg", "layer_idx": 0, "lbd": 0.1,
@@ -37,6 +37,14 @@ def whole(soft: bool = False, scope: str = "sample") -> SyntheticSet:
 def fields(found: SyntheticSet) -> list[Tensor]:
     assert found.features is not None and found.normaliser is not None
     return [found.data, found.targets, found.owner, found.features, found.normaliser.mean, found.normaliser.std]
+
+
+def white() -> SyntheticSet:
+    found, gen = whole(), torch.Generator().manual_seed(1)
+    matrix = torch.randn(48, 48, generator=gen)
+    zca = Zca(torch.rand(3, 4, 4, generator=gen), matrix @ matrix.T, torch.eye(48), "a hash")
+    assert found.normaliser is not None
+    return replace(found, normaliser=replace(found.normaliser, zca=zca))
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -78,8 +86,25 @@ def test_hard_labels_are_stored_as_ids_and_others_as_they_are(tmp_path: Path) ->
         assert torch.equal(load_export(tmp_path / str(number)).owner, found.owner)
 
 
-def test_the_loader_runs_without_this_package(tmp_path: Path) -> None:
-    found = whole()
+def test_a_whitened_set_comes_back_with_its_whitening(tmp_path: Path) -> None:
+    found = white()
+    export(found, tmp_path)
+    again = load_export(tmp_path)
+    assert found.normaliser and found.normaliser.zca and again.normaliser and again.normaliser.zca
+    assert again.normaliser.zca.sha256 == "a hash" and torch.equal(again.data, found.data)
+    for name in ("mean", "transform", "inverse"):
+        assert torch.equal(getattr(again.normaliser.zca, name), getattr(found.normaliser.zca, name))
+    replace(found.normaliser.zca, sha256="another").save(tmp_path / "zca.safetensors")
+    with pytest.raises(ConfigError, match=r"zca\.safetensors: made with ZCA another, but this run has ZCA a hash"):
+        load_export(tmp_path)
+    (tmp_path / "zca.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"zca\.safetensors: not a ZCA transform"):
+        load_export(tmp_path)
+
+
+@pytest.mark.parametrize("zca", [False, True])
+def test_the_loader_runs_without_this_package(tmp_path: Path, zca: bool) -> None:
+    found = white() if zca else whole()
     export(found, tmp_path)
     code = (
         "import runpy, sys; load = runpy.run_path('load.py')['load']; ours = {'condenser', 'utils', 'config', 'NCFM'}; "
@@ -89,7 +114,13 @@ def test_the_loader_runs_without_this_package(tmp_path: Path) -> None:
     images, labels, features = torch.load(tmp_path / "out.pt")
     assert found.features is not None
     mean, std = (np.array(values, np.float32)[:, None, None] for values in ([0.49, 0.48, 0.45], [0.2, 0.19, 0.21]))
-    np.testing.assert_array_equal(images, (found.data.numpy() - mean) / std)
+    if found.normaliser and found.normaliser.zca:
+        own = found.normaliser.zca
+        rows = (found.data - own.mean).flatten(1).double().numpy() @ own.transform.double().numpy()
+        np.testing.assert_allclose(images.flatten(1), rows, rtol=1e-4, atol=1e-4)
+        assert torch.equal(images, found.normaliser(found.data))
+    else:
+        np.testing.assert_array_equal(images, (found.data.numpy() - mean) / std)
     assert labels.tolist() == [0, 0, 1, 1, 2, 2] and torch.equal(features, found.features)
     assert len(LOADER.splitlines()) <= 14
 

@@ -135,8 +135,9 @@ def test_a_step_on_the_labels_is_plain_autograd_s(
     world: World, form: Any, layer_idx: int | None, kind: GradientDistance, scope: Any, batched: bool
 ) -> None:
     f = FeatureConfig(
-        lbd=0.3, lbd_contrast=0.2, feat_lbd=0.4, form=form, layer_idx=layer_idx, n_feat=2, scope=scope, lr_feat=0.1
-    )
+        lbd=0.3, lbd_contrast=0.2, feat_lbd=0.4, form=form, layer_idx=layer_idx, n_feat=2, scope=scope, lr_feat=0.1,
+        feat_opt="sgd",
+    )  # fmt: skip
     condenser = make(world, f, aug_type=DSA, dis_metric=kind, batched=batched)
     x, before = condenser.data.detach().clone(), condenser.labels
     assert before is not None
@@ -228,8 +229,8 @@ def test_what_is_frozen_does_not_move_and_what_is_learned_does(world: World) -> 
 @pytest.mark.parametrize("kind", ["map", "channel", "spatial"])
 def test_one_prototype_stands_for_all_images_of_a_class(world: World, kind: Any) -> None:
     """One row a class learns what a row a sample, tied by adding their gradients, would."""
-    shared = make(world, FeatureConfig(scope="class", n_feat=2, form=kind, lbd_contrast=0.0))
-    apart = make(world, FeatureConfig(scope="sample", n_feat=2, form=kind, lbd_contrast=0.0))
+    shared = make(world, FeatureConfig(scope="class", n_feat=2, form=kind))
+    apart = make(world, FeatureConfig(scope="sample", n_feat=2, form=kind))
     assert shared.labels is not None and apart.labels is not None and len(shared.labels) == CLASSES
     with torch.no_grad():
         apart.labels.copy_(shared.labels.detach().repeat_interleave(IPC, 0))
@@ -290,7 +291,9 @@ def test_a_debug_run_keeps_the_first_classes_only(world: World, scope: Any) -> N
     assert (condenser.data != before).flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("feature", [FeatureConfig(feat_opt="adam", lr_feat=0.01), FeatureConfig(feat_lbd=0.1), None])
+@pytest.mark.parametrize(
+    "feature", [FeatureConfig(), FeatureConfig(feat_lbd=0.1, lbd_contrast=0.05, feat_opt="sgd", lr_feat=0.1), None]
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(world: World, feature: FeatureConfig | None, tmp_path: Path) -> None:
     def learn(name: str, stop: int | None) -> SyntheticSet:
         flag = StopFlag()
@@ -317,7 +320,7 @@ def test_labels_with_a_relative_rate_move_alike_whatever_lambda(world: World) ->
     """As the matched gradients are nearly those of CE for a small lambda."""
     moves = []
     for lbd in (1e-4, 1e-6):
-        f = FeatureConfig(lbd=lbd, lbd_contrast=0.0, lr_feat=0.1, lr_feat_rel=True)
+        f = FeatureConfig(lbd=lbd, feat_opt="sgd", lr_feat=0.1, lr_feat_rel=True)
         condenser = make(world, f)
         assert condenser.labels is not None
         before = condenser.labels.detach().clone()

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from condenser.coresets import herding_subset, k_center_subset, random_subset
-from condenser.synthetic_set import Note, SyntheticSet, checked, load_dataset, load_synthetic
+from condenser.synthetic_set import ZCA_FILE, Note, SyntheticSet, checked, load_dataset, load_synthetic
 from condenser.synthetic_text import RowShape, decode, framed, student_view
 from config import ConfigError
-from utils.normaliser import Normaliser
+from utils.normaliser import Normaliser, Zca
 
 
 def small() -> SyntheticSet:
@@ -177,6 +177,47 @@ def test_feature_labels_and_normaliser_come_back_as_they_were(tmp_path: Path, ro
     assert torch.equal(again.features, found.features) and again.meta == found.meta
     assert again.normaliser.std.tolist() == torch.tensor([0.2, 0.3]).tolist()
     assert again.with_targets(torch.ones(4, 2)).features is again.features
+
+
+def whitened(number: int = 1) -> SyntheticSet:
+    """With a transform of its own, number * 1."""
+    found, one = labelled(), torch.eye(128)
+    zca = Zca(torch.full((2, 8, 8), 0.5), number * one, one / number, f"hash {number}")
+    assert found.normaliser is not None
+    return replace(found, normaliser=replace(found.normaliser, zca=zca))
+
+
+def test_a_whitened_set_comes_with_its_transform_once_for_a_folder(tmp_path: Path) -> None:
+    found = whitened(2)
+    found.save(tmp_path / "a.pth")
+    stamp = (tmp_path / ZCA_FILE).stat().st_mtime_ns
+    found.save(tmp_path / "b.pth")
+    assert (tmp_path / ZCA_FILE).stat().st_mtime_ns == stamp
+    assert (tmp_path / "b.pth").stat().st_size < 20000 < (tmp_path / ZCA_FILE).stat().st_size
+    for name in ("a.pth", "b.pth"):
+        again = load_synthetic(tmp_path / name)
+        assert again.normaliser is not None and torch.equal(again.data, found.data)  # pixels
+        assert torch.equal(again.normaliser(again.data), 2 * (found.data - 0.5))
+        assert torch.equal(again.normaliser.inverse(again.normaliser(again.data)), found.data)
+
+
+@pytest.mark.parametrize("what, part", [
+    ("absent", "not a ZCA transform"),
+    ("another's", "made with ZCA hash 3, but this run has ZCA hash 2"),
+    ("of another shape", r"whitening of \(1, 8, 16\) for data of \(4, 2, 8, 8\)"),
+])  # fmt: skip
+def test_a_whitening_that_is_not_the_set_s_is_one_line(tmp_path: Path, what: str, part: str) -> None:
+    found, file = whitened(2), tmp_path / ZCA_FILE
+    assert found.normaliser is not None and found.normaliser.zca is not None
+    found.save(tmp_path / "x.pth")
+    file.unlink()
+    if what == "another's":
+        whitened(3).save(tmp_path / "y.pth")
+    elif what == "of another shape":
+        replace(found.normaliser.zca, mean=torch.zeros(1, 8, 16)).save(file)
+    with pytest.raises(ConfigError, match=part) as error:
+        load_synthetic(tmp_path / "x.pth")
+    assert "\n" not in str(error.value)
 
 
 def test_bytes_count_the_feature_labels_as_stored() -> None:

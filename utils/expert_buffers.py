@@ -157,16 +157,16 @@ class ExpertBuffer:
 def find_experts(path: Path, dataset: str, net: nn.Module, zca: str) -> ExpertBuffer:
     """The one folder, `path` or below it, whose experts pass `check`. Raises ConfigError for none or several."""
     folders = sorted({file.parent for file in path.rglob("expert_*.safetensors")})
-    fitting, reasons = list[ExpertBuffer](), list[str]()
+    fitting, reasons = list[ExpertBuffer](), dict[bool, list[str]]()  # by whether they are of the data set
     for found in map(ExpertBuffer, folders or [path]):
         try:
             found.check(dataset, net, zca)
         except ConfigError as error:
-            reasons.append(str(error))
+            reasons.setdefault(found.notes.dataset == dataset, []).append(str(error))
         else:
             fitting.append(found)
     if not fitting:
-        raise ConfigError("\n".join(reasons))
+        raise ConfigError("\n".join(reasons.get(True) or reasons[False]))
     if len(fitting) > 1:
         names = ", ".join(str(found.folder.relative_to(path)) for found in fitting)
         raise ConfigError(f"{path}: {len(fitting)} folders of fitting experts, {names}: name one of them")
