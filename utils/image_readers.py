@@ -92,7 +92,7 @@ def read_images(name: str, folder: Path | None) -> RawImages:
         raise ConfigError(f"dataset.data_dir: no folder {folder}: put {name} there, or set dataset.data_dir")
     readers: dict[str, Callable[[Path], RawImages]] = {
         "cifar10": read_cifar10, "cifar100": read_cifar100, "mnist": read_idx, "fashionmnist": read_idx,
-        "svhn": read_svhn, "tinyimagenet": read_tiny,
+        "svhn": read_svhn, "tinyimagenet": read_tiny, "cub200": read_cub,
     }  # fmt: skip
     if name in readers:
         found = readers[name](folder)
@@ -235,6 +235,25 @@ def read_tiny(folder: Path) -> RawImages:
     train = [(path, c) for c, wnid in enumerate(wnids) for path in files[wnid]]
     classes = tuple(names.get(wnid, wnid).split(",")[0] for wnid in wnids)
     return RawImages(classes, listed_split(train), listed_split(test))
+
+
+def read_cub(folder: Path) -> RawImages:
+    """CUB-200-2011 in its official split; its classes are those whose folders are there, in the order of their ids."""
+    lists = find(folder, ["images.txt", "image_class_labels.txt", "train_test_split.txt"])
+    top = lists[0].parent
+    with reading(top, "CUB-200-2011"):
+        paths, numbers, first = (dict(line.split() for line in p.read_text("utf-8").splitlines()) for p in lists)
+        names = {int(numbers[i]): path.split("/")[0] for i, path in paths.items()}
+        there = {c: set(pictures(top / "images" / names[c])) for c in sorted(names)}
+        classes = [c for c in there if there[c]]
+        parts: dict[str, list[tuple[Path, int]]] = {"1": [], "0": []}
+        for i, path in paths.items():
+            if there[int(numbers[i])]:
+                parts[first[i]].append((top / "images" / path, classes.index(int(numbers[i]))))
+    for file, c in (*parts["1"], *parts["0"]):
+        if file not in there[classes[c]]:
+            raise ConfigError(f"{file}: absent, but images.txt lists it: fetch it again or remove its line")
+    return RawImages(tuple(names[c] for c in classes), listed_split(parts["1"]), listed_split(parts["0"]))
 
 
 def read_folders(folder: Path, wanted: Sequence[str] | None) -> RawImages:

@@ -59,13 +59,15 @@ class ImageSet:
         """All alike [N]: batches are drawn as for text, whose samples differ in length."""
         return torch.ones(len(self), dtype=torch.long)
 
+    def levels(self, samples: Tensor) -> Tensor:
+        """Images [B, C, H, W] uint8."""
+        if isinstance(self.images, Tensor):
+            return self.images[samples.to(self.images.device)]
+        return decode_files([self.images[i] for i in samples.tolist()], self.size)
+
     def pixels(self, samples: Tensor) -> Tensor:
         """Images [B, C, H, W] in 0 ... 1."""
-        if isinstance(self.images, Tensor):
-            found = self.images[samples.to(self.images.device)]
-        else:
-            found = decode_files([self.images[i] for i in samples.tolist()], self.size)
-        return found.float() / 255
+        return self.levels(samples).float() / 255
 
     def input(self, samples: Tensor, device: torch.device) -> Tensor:
         """Normalised images [B, C, H, W]."""
@@ -193,16 +195,17 @@ def fingerprint(parts: tuple[ImageSet, ...]) -> str:
 
 def decode_files(paths: Sequence[Path], size: int) -> Tensor:
     """Colour images [N, 3, size, size] uint8: the shorter side brought to `size`, the centre cut out."""
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda path: fit_size(decode(path)[None], size)[0], paths))
+    return torch.stack(found) if found else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+
+
+def decode(path: Path) -> Tensor:
+    """A file's image in colour [3, H, W] uint8. Raises ConfigError."""
     from PIL import Image
 
-    def one(path: Path) -> Tensor:
-        with reading(path, "an image", SyntaxError, Image.DecompressionBombError), Image.open(path) as file:
-            pixels = np.array(file.convert("RGB"))
-        return fit_size(torch.from_numpy(pixels).permute(2, 0, 1)[None], size)[0]
-
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(one, paths))
-    return torch.stack(found) if found else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    with reading(path, "an image", SyntaxError, Image.DecompressionBombError), Image.open(path) as file:
+        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
 
 
 def fit_size(images: Tensor, size: int) -> Tensor:
