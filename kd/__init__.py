@@ -1,0 +1,1 @@
+"""Teacher-student distillation for images: scale-decoupled, with standardised logits."""
