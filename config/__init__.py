@@ -1,7 +1,7 @@
 """From a YAML file and a command line to one frozen, checked configuration."""
 
 from config.cli import CommandLine, Option, parse_command_line
-from config.loader import Resolved, add_args_from_yaml, flatten, named, nested
+from config.loader import PythonSection, Resolved, add_args_from_yaml, flatten, named, nested
 from config.schema import ConfigError, LocalPath, ModelPath, Section
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "LocalPath",
     "ModelPath",
     "Option",
+    "PythonSection",
     "Resolved",
     "Section",
     "add_args_from_yaml",

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -96,6 +96,32 @@ def nested(cfg: Section) -> dict[str, object]:
     return tree
 
 
+class PythonSection(Section):
+    """A section that Python code constructs too. Raises ConfigError there: one line per problem, naming the key."""
+
+    def __init__(self, **values: Any) -> None:  # as pydantic has it
+        schema, problems = type(self), list[str]()
+        builder = _Builder(schema, schema.__name__, Path(), problems)
+        for key in [key for key in values if key not in schema.model_fields]:
+            builder.unknown(schema.__name__, key, key, schema.model_fields)
+        known = {
+            key: convert(field.rebuild_annotation(), values[key], Path())
+            for key, field in schema.model_fields.items()
+            if key in values
+        }
+        try:
+            super().__init__(**known)
+        except ValidationError as error:
+            builder.refused(schema, known, error, "", schema.__name__, ())
+            problems.extend(
+                f"{schema.__name__}: {detail['loc'][0]}: required, and not given"
+                for detail in error.errors()
+                if detail["type"] == "missing" and len(detail["loc"]) == 1
+            )
+        if problems:
+            raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
 class _Builder:
     """Builds sections from the inside out and notes every problem on the way."""
 
@@ -140,17 +166,23 @@ class _Builder:
         try:
             built = schema.model_validate(values)
         except ValidationError as error:
-            details = error.errors(include_url=False)
-            for loc, group in groupby(details, key=lambda detail: detail["loc"][:1]):
-                name = str(loc[0]) if loc else ""
-                if name in values and name not in wrong:
-                    field, key = schema.model_fields[name], _dotted(trail, name)
-                    self.invalid(self.sources.get(key, place), key, field, values[name], list(group))
-                elif not loc and not wrong:
-                    where = f"{place}: {trail}: " if trail else f"{place}: "
-                    self.problems.extend(where + _reason(detail) for detail in group)
+            self.refused(schema, values, error, trail, place, wrong)
             return None
         return built if len(self.problems) == start else None
+
+    def refused(
+        self, schema: type[Section], values: Mapping[str, Any], error: ValidationError, trail: str, place: str,
+        wrong: Container[str],
+    ) -> None:  # fmt: skip
+        """Note what pydantic says of a section's values, but for the fields that are known to be wrong."""
+        for loc, group in groupby(error.errors(include_url=False), key=lambda detail: detail["loc"][:1]):
+            name = str(loc[0]) if loc else ""
+            if name in values and name not in wrong:
+                field, key = schema.model_fields[name], _dotted(trail, name)
+                self.invalid(self.sources.get(key, place), key, field, values[name], list(group))
+            elif not loc and not wrong:
+                where = f"{place}: {trail}: " if trail else f"{place}: "
+                self.problems.extend(where + _reason(detail) for detail in group)
 
     def default(self, field: FieldInfo) -> list[Given]:
         if field.is_required():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROJECT = "distill-lab"
-PACKAGES = ("condense", "distill_feat", "condenser", "NCFM", "utils", "config", "scripts")
+PACKAGES = ("condense", "distill_feat", "kd", "distilltool", "condenser", "NCFM", "utils", "config", "scripts")
 MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}  # distributions that are imported by another name
 REPAIR = "run `bash scripts/setup_env.sh` and use the Python of .venv"
 FOLDERS = {
