@@ -91,6 +91,13 @@ class ImageNetwork(nn.Module):
             maps = block(maps)
         return self.head(self.join(maps))
 
+    @property
+    def classifier(self) -> nn.Module:
+        """What turns means [R, C] of the last map into logits [R, K]. ConfigError: the join reads pixels apart."""
+        if not isinstance(next(self.join.children(), None), nn.AdaptiveAvgPool2d):
+            raise ConfigError("M: the network does not average its last map, so that regions have no logits; set [1]")
+        return self.head
+
     def _block(self, layer_idx: int | None) -> int:
         count = len(self.blocks)
         if layer_idx is not None and not 1 <= layer_idx <= count:
