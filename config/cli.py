@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +16,7 @@ GRAMMAR = """\
 overrides:
   section.key=value sets any key of the configuration; the value is read as YAML:
       condense.niter=50  network.layer_index=[3,6]  seed=3
+  SECTION.KEY value is the same for keys in upper case:  SOLVER.EPOCHS 5
   The command line is stronger than the file, the file than its base, the base than the defaults.
   Options and overrides may be mixed; the last one wins. - and _ are the same in option names.
   Relative paths on the command line start at the current folder, those in a file at the program's folder."""
@@ -36,14 +39,20 @@ class Option:
 class CommandLine:
     """What a program was asked to do; `overrides` keep the order of the command line."""
 
-    config_path: Path
+    configs: tuple[tuple[Path, tuple[str, ...]], ...]  # every file, with overrides of its own, which win
     gpu: str | None
     debug: bool
     dry_run: bool
     overwrite: bool
     overrides: tuple[str, ...]
 
+    @property
+    def config_path(self) -> Path:
+        """The file; of several, the last."""
+        return self.configs[-1][0]
 
+
+UPPER = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z][A-Z0-9_]*)*")  # a key that may stand apart from its value
 TF32 = Option("tf32", "tf32", "flag", "TensorFloat-32 in matrix products (short for the key tf32)")
 
 
@@ -65,9 +74,10 @@ def parse_command_line(
     )
     add = parser.add_argument
     flags = {"-h", "--help", "--debug", "--dry_run", "--overwrite"}
-    valued = {"--config_path", "--gpu"}
+    valued = {"--config_path", "--cfg", "--gpu"}
     text = "the YAML file of the experiment" + (f" (default: {default_config})" if default_config else "")
-    add("--config_path", type=Path, required=not default_config, default=default_config, metavar="FILE", help=text)
+    place = partial(add, dest="configs", action="append", type=_config, metavar="FILE")
+    place("--config_path", "--cfg", required=not default_config, help=text)
     add("--gpu", metavar="LIST", help='the GPUs to use, as in "0,2,3"')
     add(
         "--debug",
@@ -95,8 +105,14 @@ def parse_command_line(
     found = parser.parse_args(_in_order(argv, flags, valued))
     overrides = tuple(found.overrides)
     debug = [text for text in overrides if text.startswith("debug=")][-1:] == ["debug=true"]
-    path = absolute(found.config_path, Path.cwd())
-    return CommandLine(path, found.gpu, debug, found.dry_run, found.overwrite, overrides)
+    configs = tuple(found.configs or [(absolute(default_config or "", Path.cwd()), ())])
+    return CommandLine(configs, found.gpu, debug, found.dry_run, found.overwrite, overrides)
+
+
+def _config(text: str) -> tuple[Path, tuple[str, ...]]:
+    """A file, or a file with overrides of its own as in "FILE M=[1,2] SEED=1"."""
+    words = [text] if Path(text).exists() else shlex.split(text) or [""]
+    return absolute(words[0], Path.cwd()), tuple(words[1:])
 
 
 def _override(option: Option, text: str) -> tuple[str, ...]:
@@ -123,6 +139,8 @@ def _in_order(argv: Sequence[str], flags: set[str], valued: set[str]) -> list[st
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):
+            if UPPER.fullmatch(word) and rest and not rest[0].startswith("--"):
+                word = f"{word}={rest.pop(0)}"
             key, equals, _ = word.partition("=")
             if not equals or not key:
                 problems.append(f"command line: '{word}': expected section.key=value or an option")

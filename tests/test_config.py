@@ -338,6 +338,22 @@ def test_option_reaches_the_configuration(folder: Path) -> None:
     assert (config.condense.ipc, config.dataset.data_dir) == (3, folder / here)
 
 
+def test_a_value_that_is_a_path_stands_for_other_overrides(folder: Path) -> None:
+    loaded = ("condense.init=load", "condense.load_path={}")
+    option = Option("init", "condense.init", "value", "how, or a file", or_path=loaded)
+    for word, path in (
+        ("./set", folder / "set"),
+        ("a b/c: d #é.pth", folder / "a b/c: d #é.pth"),
+        ("/x/s.pth", "/x/s.pth"),
+    ):
+        found = command("--init", word, options=(option,)).overrides
+        assert found == ("condense.init=load", f"condense.load_path={json.dumps(str(path), ensure_ascii=False)}")
+    assert command("--init=set.pth", options=(option,)).overrides[1].endswith('set.pth"')
+    assert command("--init", "real", options=(option,)).overrides == ("condense.init=real",)
+    kept = Option("load_path", "condense.load_path", "value", "a name")  # a plain value stays as it is
+    assert command("--load_path", "a/b.pth", options=(kept,)).overrides == ("condense.load_path=a/b.pth",)
+
+
 def test_value_may_be_negative_and_the_loader_judges_it() -> None:
     assert command("--ipc", "-5").overrides == ("condense.ipc=-5",)
 
@@ -394,3 +410,18 @@ def test_config_loads_without_torch() -> None:
     code = "import sys, config; sys.exit('torch' in sys.modules)"
     repository = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=repository, check=False).returncode == 0
+
+
+def test_a_key_in_upper_case_may_stand_apart_from_its_value() -> None:
+    found = command("SOLVER.EPOCHS", "5", "--ipc", "3", "A.B_2=1", "M", "[1, 2]", "SEED", "-1", "--debug")
+    assert found.overrides == ("SOLVER.EPOCHS=5", "condense.ipc=3", "A.B_2=1", "M=[1, 2]", "SEED=-1", "debug=true")
+    for words in (["SOLVER.EPOCHS"], ["SOLVER.EPOCHS", "--debug"], ["solver.epochs", "5"]):
+        with pytest.raises(ConfigError, match="expected section.key=value"):
+            command(*words)
+
+
+def test_several_files_have_overrides_of_their_own(folder: Path) -> None:
+    (folder / "a b.yaml").touch()
+    found = parse_command_line(["--cfg", "x.yaml A=[1,2] b.c=3", "d=1", "--cfg=a b.yaml"], "", OPTIONS)
+    assert found.configs == ((folder / "x.yaml", ("A=[1,2]", "b.c=3")), (folder / "a b.yaml", ()))
+    assert found.config_path == folder / "a b.yaml" and found.overrides == ("d=1",)

@@ -26,18 +26,32 @@ def run_program(
     body: Callable[[Resolved[T], CommandLine], None],
     default_config: Path | None = None,
 ) -> int:
-    """Run `body` on the configuration that the command line names; exit status 2 for a wrong configuration, 1 for a
+    """`run_group` of a program that takes one configuration: the last one named."""
+    return run_group(doc, folder, schema, options, lambda every, command: body(every[-1], command), default_config)
+
+
+def run_group(
+    doc: str,
+    folder: Path,
+    schema: type[T],
+    options: Sequence[Option],
+    body: Callable[[list[Resolved[T]], CommandLine], None],
+    default_config: Path | None = None,
+) -> int:
+    """Run `body` on the configurations that the command line names; exit status 2 for a wrong configuration, 1 for a
     failed run, 128 + signal for a stopped one. Traceback of a user's mistake only with --debug."""
     debug = any(word.replace("-", "_") == "__debug" or word == "debug=true" for word in sys.argv[1:])
 
     def attempt() -> int:
         try:
             command = parse_command_line(sys.argv[1:], doc, options, default_config)
-            resolved = add_args_from_yaml(schema, command.config_path, command.overrides, folder)
+            every = [
+                add_args_from_yaml(schema, path, (*command.overrides, *own), folder) for path, own in command.configs
+            ]
         except ConfigError as error:
             return complain(error, 2, debug)
         try:
-            body(resolved, command)
+            body(every, command)
         except ConfigError as error:
             return complain(error, 1, debug)
         except Stopped as error:

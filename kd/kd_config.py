@@ -1,0 +1,290 @@
+"""The requirement's YAML keys as checked settings, and what follows from them: loss, schedule, run folder."""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from config import ConfigError, LocalPath, Option, Section, flatten
+from kd.losses import Base, Compat, LossConfig
+from kd.regions import parse_scales
+from utils.run_folder import short_hash
+
+DistillerType = Literal[
+    "NONE", "KD", "DKD", "NKD", "SDD_KD", "SDD_DKD", "SDD_NKD",
+    "KD_LSKD", "DKD_LSKD", "NKD_LSKD", "SDD_KD_LSKD", "SDD_DKD_LSKD", "SDD_NKD_LSKD",
+]  # fmt: skip
+METHODS: tuple[str, ...] = get_args(DistillerType)
+BASES: dict[str, Base] = {"NONE": "kd", "KD": "kd", "DKD": "dkd", "NKD": "nkd"}
+QUICK_EPOCHS = 5
+OPTIONS = (
+    Option("M", "M", "value", 'scales of regions, as in "[1,2,4]"; [1] is the whole image alone'),
+    Option("quick", "QUICK", "flag", "5 epochs, decay stages and warm-ups scaled"),
+    Option("seed", "SEED", "value", "of weights, order and views"),
+)
+# What runs side by side have in common.
+SHARED = ("DATASET.", "SOLVER.BATCH_SIZE", "SOLVER.CHANNELS_LAST", "KD.CACHE_VIEWS", "SEED", "tf32")
+OF_TEACHER = ("DISTILLER.TEACHER", "KD.TEACHER_DTYPE")
+
+
+class Experiment(Section):
+    """Names of a run."""
+
+    PROJECT: str = "kd"
+    NAME: str = ""  # "": made of method and networks
+    TAG: str = ""
+    SAVE_AS_TEACHER: bool = False  # TYPE NONE: keep the network where students look for their teacher
+
+
+class TestPart(Section):
+    """How the test images are read."""
+
+    BATCH_SIZE: int = Field(64, ge=1)
+
+
+class Dataset(Section):
+    """Which images; sizes in pixels, None = the data set's own."""
+
+    TYPE: str = "cifar100"  # a known data set, or a name of yours for a folder with train/ and val/
+    ROOT: LocalPath = Path("data")
+    SIZE: int | None = Field(None, ge=8)  # of the networks' input
+    LOAD_SIZE: int | None = Field(None, ge=8)  # of the images that crops are taken from
+    PAD: int | None = Field(None, ge=0)
+    FLIP: bool = True
+    AUGMENT: Literal["crop", "resized_crop"] | None = None  # None: resized_crop for imagenet, else crop
+    PER_CLASS: int | None = Field(None, ge=1)  # the first training images of a class only
+    VAL_FRACTION: float = Field(0.0, ge=0, lt=0.5)  # of train, held out to fit a temperature; 0 = none
+    DROP_LAST: bool = False  # the smaller last batch of an epoch
+    IN_MEMORY: bool = True  # false: files are decoded for every batch
+    NUM_WORKERS: int = Field(2, ge=0)  # read from their files; 8 threads decode
+    TEST: TestPart = TestPart()
+
+    @model_validator(mode="after")
+    def check(self) -> "Dataset":
+        """Resized crops are cut from files."""
+        if self.resized and self.IN_MEMORY:
+            raise ValueError("IN_MEMORY: true, but resized crops are cut from the files; set IN_MEMORY: false")
+        return self
+
+    @property
+    def resized(self) -> bool:
+        """Whether crops have any size and shape."""
+        return (self.AUGMENT or {"imagenet": "resized_crop"}.get(self.TYPE)) == "resized_crop"
+
+
+class Distiller(Section):
+    """Method and networks."""
+
+    TYPE: DistillerType = "SDD_KD_LSKD"
+    TEACHER: str | None = None
+    STUDENT: str
+    TEACHER_PATH: LocalPath | None = None  # a file; None: looked for below TEACHERS
+    TEACHERS: LocalPath = Path("save")
+
+
+class Solver(Section):
+    """SGD with step decay; batch sizes are of all ranks together."""
+
+    TRAINER: Literal["base"] = "base"
+    TYPE: Literal["SGD"] = "SGD"
+    BATCH_SIZE: int = Field(64, ge=1)
+    EPOCHS: int = Field(240, ge=1)
+    LR: float = Field(0.05, gt=0)
+    LR_DECAY_STAGES: tuple[float, ...] = (150, 180, 210)
+    LR_DECAY_RATE: float = Field(0.1, gt=0)
+    WEIGHT_DECAY: float = Field(5e-4, ge=0)
+    MOMENTUM: float = Field(0.9, ge=0, lt=1)
+    AMP: bool = False  # bfloat16 in the student's convolutions; losses stay float32
+    SYNC_BN: bool = False  # batch norm over all ranks
+    CHANNELS_LAST: bool = False
+
+
+class KdWeights(Section):
+    """Weights of the two parts."""
+
+    CE_WEIGHT: float = Field(0.1, ge=0)
+    KD_WEIGHT: float = Field(0.9, ge=0)
+
+
+class Kd(Section):
+    """Hinton's loss, and how the teacher runs."""
+
+    TEMPERATURE: float = Field(4.0, gt=0)
+    LOSS: KdWeights = KdWeights()
+    WARMUP: int = Field(0, ge=0)  # epochs in which the weight of the loss rises
+    TEACHER_DTYPE: Literal["float32", "bfloat16"] = "float32"
+    CACHE_VIEWS: int = Field(0, ge=0)  # n: epochs repeat n fixed views, whose teacher logits are kept (float16)
+
+
+class Dkd(Section):
+    """Decoupled loss (Zhao et al. 2022)."""
+
+    CE_WEIGHT: float = Field(1.0, ge=0)
+    ALPHA: float = Field(1.0, ge=0)
+    BETA: float = Field(8.0, ge=0)
+    T: float = Field(4.0, gt=0)
+    WARMUP: int = Field(20, ge=0)
+
+
+class Nkd(Section):
+    """Normalised loss (Yang et al. 2023)."""
+
+    CE_WEIGHT: float = Field(1.0, ge=0)
+    GAMMA: float = Field(1.5, ge=0)
+    T: float = Field(1.0, gt=0)
+    WARMUP: int = Field(0, ge=0)
+
+
+class Sdd(Section):
+    """Weights of regions."""
+
+    WEIGHT_RULE: Literal["none", "correctness", "class"] = "correctness"
+    COMPLEMENT_WEIGHT: float = Field(2.0, ge=0)
+    REDUCTION: Literal["mean", "sum", "group_mean"] = "mean"
+    BINS: Literal["exact", "adaptive"] = "exact"
+
+
+class Lskd(Section):
+    """Standardised logits."""
+
+    DEVIATION: Literal["sample", "population"] = "sample"
+
+
+class Log(Section):
+    """Where a run goes, and how often a student is kept besides."""
+
+    PREFIX: LocalPath = Path("results/kd")
+    SAVE_CHECKPOINT_FREQ: int = Field(40, ge=0)  # epochs; 0 = never
+    TENSORBOARD_FREQ: int = 500  # read from their files; TensorBoard gets every epoch
+
+
+class KdConfig(Section):
+    """A run of `kd/train.py`."""
+
+    EXPERIMENT: Experiment = Experiment()
+    DATASET: Dataset = Dataset()
+    DISTILLER: Distiller
+    SOLVER: Solver = Solver()
+    KD: Kd = Kd()
+    DKD: Dkd = Dkd()
+    NKD: Nkd = Nkd()
+    SDD: Sdd = Sdd()
+    LSKD: Lskd = Lskd()
+    LOG: Log = Log()
+    M: tuple[int, ...] = (1, 2, 4)
+    COMPAT: Compat | None = None  # a public variant of the loss, bugs included
+    SEED: int = 0
+    QUICK: bool = False  # 5 epochs, stages and warm-ups scaled
+    tf32: bool = True
+    debug: bool = False
+
+    @field_validator("M", mode="before")
+    @classmethod
+    def scales(cls, value: object) -> object:
+        """`[1,2]`, `[1, 2]`, `1,2` or a list."""
+        try:
+            return parse_scales(list(value) if isinstance(value, tuple) else str(value))
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("M: ")) from error
+
+    @model_validator(mode="after")
+    def check(self) -> "KdConfig":
+        """A student needs a teacher; the loss is one that exists."""
+        if self.distils and self.DISTILLER.TEACHER is None:
+            raise ValueError(
+                f"DISTILLER.TYPE: {self.DISTILLER.TYPE} needs DISTILLER.TEACHER; name a network, or set TYPE: NONE"
+            )
+        try:
+            self.loss  # noqa: B018 - a loss that cannot be is said here
+        except ValidationError as error:
+            raise ValueError("COMPAT: " + str(error.errors()[0]["ctx"]["error"])) from error
+        return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is a teacher."""
+        return self.DISTILLER.TYPE != "NONE"
+
+    @property
+    def base_loss(self) -> Base:
+        """Of the method."""
+        return BASES[self.DISTILLER.TYPE.removeprefix("SDD_").removesuffix("_LSKD")]
+
+    @property
+    def standardise(self) -> bool:
+        """Whether logits are standardised."""
+        return self.DISTILLER.TYPE.endswith("_LSKD")
+
+    @property
+    def regions(self) -> tuple[int, ...]:
+        """Scales of the method: M with SDD, else the whole image."""
+        return self.M if self.DISTILLER.TYPE.startswith("SDD_") else (1,)
+
+    @property
+    def loss(self) -> LossConfig:
+        """Of the core of all methods."""
+        kind = self.base_loss
+        temperature = {"kd": self.KD.TEMPERATURE, "dkd": self.DKD.T, "nkd": self.NKD.T}[kind]
+        return LossConfig(
+            base=kind, temperature=temperature, standardise=self.standardise, deviation=self.LSKD.DEVIATION,
+            alpha=self.DKD.ALPHA, beta=self.DKD.BETA, gamma=self.NKD.GAMMA,
+            weight_rule=self.SDD.WEIGHT_RULE if len(self.regions) > 1 else "none",
+            complement_weight=self.SDD.COMPLEMENT_WEIGHT, reduction=self.SDD.REDUCTION, compat=self.COMPAT,
+        )  # fmt: skip
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of the cross-entropy and of the method's loss."""
+        if not self.distils:
+            return 1.0, 0.0
+        if self.base_loss == "kd":
+            return self.KD.LOSS.CE_WEIGHT, self.KD.LOSS.KD_WEIGHT
+        return (self.DKD if self.base_loss == "dkd" else self.NKD).CE_WEIGHT, 1.0
+
+    @property
+    def epochs(self) -> int:
+        """Length of the run."""
+        return QUICK_EPOCHS if self.QUICK else self.SOLVER.EPOCHS
+
+    def rate(self, epoch: int) -> float:
+        """Learning rate of epoch 1, 2, ...: decayed after every stage."""
+        stages = [stage * self.epochs / self.SOLVER.EPOCHS for stage in self.SOLVER.LR_DECAY_STAGES]
+        return self.SOLVER.LR * self.SOLVER.LR_DECAY_RATE ** sum(epoch > stage for stage in stages)
+
+    def warm(self, epoch: int) -> float:
+        """Share of the loss's weight in epoch 1, 2, ...: min(epoch / warm-up, 1)."""
+        warmup = {"kd": self.KD.WARMUP, "dkd": self.DKD.WARMUP, "nkd": self.NKD.WARMUP}[self.base_loss]
+        return min(epoch / max(warmup * self.epochs / self.SOLVER.EPOCHS, 1), 1.0)
+
+
+def plain(network: str) -> str:
+    """A network's name without `_sdd`, as folders have it."""
+    return network.removesuffix("_sdd").replace(":", "-").replace("/", "-")
+
+
+def run_name(cfg: KdConfig) -> str:
+    """Method and networks, or EXPERIMENT.NAME."""
+    d = cfg.DISTILLER
+    networks = [plain(d.TEACHER), plain(d.STUDENT)] if cfg.distils and d.TEACHER else [plain(d.STUDENT)]
+    return cfg.EXPERIMENT.NAME or "_".join([d.TYPE if cfg.distils else "vanilla", *networks])
+
+
+def run_folder(cfg: KdConfig) -> Path:
+    """Folder of a run, which the resolved configuration alone decides; M and seed stand in its name."""
+    elsewhere: tuple[str, ...] = (
+        "DATASET.ROOT", "DATASET.IN_MEMORY", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHERS",
+        "DISTILLER.TEACHER_PATH", "EXPERIMENT.", "LOG.", "debug", "M",
+    )  # fmt: skip
+    if not cfg.distils:
+        elsewhere += ("KD.T", "KD.L", "KD.W", "DKD.", "NKD.", "SDD.", "LSKD.", "DISTILLER.TEACHER", "COMPAT")
+    values = {key: value for key, value in flatten(cfg).items() if not key.startswith(elsewhere)}
+    values["M"] = list(cfg.regions)
+    scales = f"_M{'-'.join(map(str, cfg.regions))}" if cfg.distils else ""
+    name = f"{run_name(cfg)}{scales}_seed{cfg.SEED}_{short_hash(values)}"
+    return cfg.LOG.PREFIX / cfg.EXPERIMENT.PROJECT / cfg.DATASET.TYPE / name
+
+
+def teacher_folder(cfg: KdConfig, network: str) -> Path:
+    """The requirement's place: TEACHERS/models/NAME_vanilla for CIFAR-100, else TEACHERS/DATASET/NAME_vanilla."""
+    kind = {"cifar100": "models"}.get(cfg.DATASET.TYPE, cfg.DATASET.TYPE)
+    return cfg.DISTILLER.TEACHERS / kind / f"{plain(network)}_vanilla"

@@ -1,0 +1,115 @@
+"""Train a student with a teacher, or (DISTILLER.TYPE NONE) a teacher or student alone.
+
+    python kd/train.py --cfg config/kd/cifar100/sdd_kd_lskd/res32x4_res8x4.yaml --gpu 0 --M "[1,2,4]"
+    torchrun --nproc_per_node=4 kd/train.py --cfg FILE SOLVER.EPOCHS 5 KD.TEMPERATURE=2
+    python kd/train.py --cfg "A.yaml M=[1]" --cfg "A.yaml M=[1,2]" --cfg B.yaml SEED=1
+
+Several --cfg with one teacher, data set, batch size and seed are trained side by side on one teacher forward, each with
+the result that it has alone; overrides in the quotes are of that run only, the others of all. --quick is 5 epochs. To
+resume, run the same command again. Batch sizes are of all ranks together; paths in files start at the repository.
+"""
+
+if __name__ == "__main__":  # thread settings count only before torch is imported
+    from utils.launch import prepare
+
+    prepare()
+
+from config import CommandLine, ConfigError, Resolved, flatten, nested
+from kd.closing import finish, teacher_logits
+from kd.kd_config import OF_TEACHER, OPTIONS, SHARED, KdConfig, run_folder
+from kd.kd_data import Batches, load_kd_data
+from kd.losses import suggested_temperature
+from kd.scoring import result_table
+from kd.student_run import StudentRun, train_group
+from kd.teacher import KeptLogits, Teacher, sha256, teacher_file
+from utils.ddp import World
+from utils.dry_run import print_values
+from utils.init_script import init_script
+from utils.program import leave, run_group
+from utils.report import plain_table
+from utils.run_folder import REPOSITORY, RunFolder, claim, log
+from utils.stopping import StopFlag, stop_flag
+
+
+def check_group(configs: list[KdConfig]) -> None:
+    """Raise ConfigError unless the runs can share batches and teacher, in different folders."""
+    for prefixes, those in ((SHARED, configs), (OF_TEACHER, [cfg for cfg in configs if cfg.distils])):
+        for cfg in those[1:]:
+            for (key, value), other in zip(flatten(cfg).items(), flatten(those[0]).values(), strict=True):
+                if key.startswith(prefixes) and value != other:
+                    raise ConfigError(f"{key}: {other} and {value} in one group; run them apart, or give both the same")
+    folders = [run_folder(cfg) for cfg in configs]
+    twice = [folder for folder in folders if folders.count(folder) > 1]
+    if twice:
+        raise ConfigError(f"{twice[0].name}: the same run twice; leave one out, or let M or the method differ")
+
+
+def hint(cfg: KdConfig, classes: int) -> str:
+    """A line where the temperature looks wrong for standardised logits of so many classes, else nothing."""
+    if not cfg.distils or not cfg.standardise:
+        return ""
+    key = {"kd": "KD.TEMPERATURE", "dkd": "DKD.T", "nkd": "NKD.T"}[cfg.base_loss]
+    given, suggested = cfg.loss.temperature, suggested_temperature(classes)
+    if suggested / 1.5 <= given <= suggested * 1.5:
+        return ""
+    return (
+        f"{key}: {given:g} with {classes} classes: standardised logits suggest {suggested:.2f}, where a sure teacher "
+        "gives its class 0.6, as with 100 classes at 2"
+    )
+
+
+def train(every: list[Resolved[KdConfig]], command: CommandLine) -> None:
+    """All runs of the command line."""
+    configs = [resolved.config for resolved in every]
+    check_group(configs)
+    if command.dry_run:
+        for resolved in every:
+            print_values(resolved, run_folder(resolved.config))
+        return
+    first = configs[0]
+    with init_script(command.gpu, first.tf32, first.SEED, any(c.debug for c in configs)) as world, stop_flag() as flag:
+        folders = [RunFolder(run_folder(cfg), nested(cfg), world, command.overwrite) for cfg in configs]
+        left = [(c, f) for c, f in zip(configs, folders, strict=True) if not f.said_finished()]
+        if left:
+            train_left(left, world, flag)
+
+
+def train_left(left: list[tuple[KdConfig, RunFolder]], world: World, flag: StopFlag) -> None:
+    """Train the runs that are not finished."""
+    distilling = [cfg for cfg, _ in left if cfg.distils]
+    path = teacher_file(distilling[0]) if distilling else None  # before the data, which may take long
+    first = left[0][0]
+    data = load_kd_data(first.DATASET)
+    origin = {"images": data.fingerprint}
+    teacher = None
+    if path:
+        teacher = Teacher(distilling[0], data, path, world.device)
+        origin_of_teacher = {"teacher": sha256(path)}
+        log.info(f"teacher: {path} (sha256 {origin_of_teacher['teacher']})")
+    batches = Batches(data, first, world)
+    runs = []
+    for cfg, folder in left:
+        if world.main:
+            remedy = "start again with --overwrite, or name the teacher it was begun with as DISTILLER.TEACHER_PATH"
+            claim(folder.folder, origin | (origin_of_teacher if cfg.distils and path else {}), remedy)
+        if line := hint(cfg, len(data.classes)):
+            log.info(line)
+        runs.append(StudentRun(cfg, folder, data, batches, teacher, world))
+    wanted = [run.regions for run in runs if run.loss]
+    kept = KeptLogits(teacher, batches, wanted, world.main) if teacher and first.KD.CACHE_VIEWS else None
+    failed = train_group(runs, batches, teacher, kept, flag)
+    said = teacher_logits(teacher, runs[0]) if teacher else None
+    results = [(run.label, finish(run, said)) for run in runs if run.label not in failed]
+    if world.main and results:
+        print(plain_table(result_table(results)))
+    if failed:
+        raise ConfigError("\n".join(map(str, failed.values())))
+
+
+def main() -> int:
+    """Exit status."""
+    return run_group(__doc__ or "", REPOSITORY, KdConfig, OPTIONS, train)
+
+
+if __name__ == "__main__":
+    leave(main())
