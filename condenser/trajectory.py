@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from condenser.gradient_matching import free
+from condenser.second_order import SecondOrder
 
 # (theta [P], step, part of the step's batch, *that part of every leaf's rows) -> scalar: the losses, summed, over the
 # size of the batch, so that the micro-batches of a step add up. Every call with the same arguments does the same.
@@ -26,6 +27,7 @@ Batches = Sequence[Sequence[Tensor]]  # of every step, the rows [B] of every lea
 Parts = Sequence[Sequence[slice]]  # the micro-batches of every step
 Mode = Literal["exact", "tesla"]
 GSAM_EPS = 1e-12  # published
+FREED, HELD = 2.4, 1.15  # resident bytes for one of tensors that come and go, or stay: measured, glibc 2.36
 SOFT_ZERO = 0.1  # of a step size's start value: where its distance from 0 begins to be felt
 
 
@@ -69,6 +71,13 @@ def micro_batches(size: int, most: int) -> list[slice]:
     return [slice(i * size // count, (i + 1) * size // count) for i in range(count)]
 
 
+def step_gradient(loss: StepLoss, theta: Tensor, step: int, part: slice, rows: Sequence[Tensor], graph: bool) -> Tensor:
+    """Gradient [P] of a step's loss on a part of its batch by theta [P]; with a graph, to be differentiated once."""
+    with SecondOrder():
+        value = loss(theta, step, part, *rows)
+    return torch.autograd.grad(value, theta, create_graph=graph)[0]
+
+
 def match_trajectory(
     loss: StepLoss,
     theta: Tensor,
@@ -89,8 +98,7 @@ def match_trajectory(
         for part in parts[i]:
             places = [ids[part] for ids in batches[i]]
             rows = [leaf.detach()[ids].requires_grad_() for leaf, ids in zip(leaves, places, strict=True)]
-            g = torch.autograd.grad(loss(path[i], i, part, *rows), path[i], create_graph=graph)[0]
-            yield g, rows, places
+            yield step_gradient(loss, path[i], i, part, rows, graph), rows, places
 
     path, graphs, steps, rate = [theta.detach().requires_grad_()], list[list[Piece]](), len(parts), alpha.detach()
     for i in range(steps):
@@ -155,8 +163,14 @@ class Memory:
 
     steps: int
     count: int  # micro-batches a step
-    plain: int  # without kept graphs
-    graph: int  # of a micro-batch's gradient; one is held while it is replayed
+    theta: int  # of a vector of parameters, one for every step
+    work: int  # of a micro-batch, while it is replayed
+    graph: int  # of a micro-batch's gradient; one is part of the work
+
+    @property
+    def plain(self) -> int:
+        """Bytes without kept graphs."""
+        return self.work + self.steps * self.theta
 
     def peak(self, keep: int) -> int:
         """Bytes with `keep` graphs of steps kept."""
@@ -165,6 +179,11 @@ class Memory:
     def keep(self, budget: int) -> int:
         """How many kept steps fit into `budget` bytes; without micro-batches the first is free."""
         return min(self.steps, (max(budget - self.plain, 0) // self.graph + 1) // self.count)
+
+    def resident(self) -> "Memory":
+        """The same as bytes of a process on a CPU: glibc puts no aligned block into a hole of its own size."""
+        theta, work, graph = int(HELD * self.theta), int(FREED * self.work), int(HELD * self.graph)
+        return Memory(self.steps, self.count, theta, work, graph)
 
 
 def trajectory_memory(
@@ -180,10 +199,10 @@ def trajectory_memory(
         )  # fmt: skip
     with Live([theta, *leaves]) as one:
         rows = [leaf.detach()[ids[part]].requires_grad_() for leaf, ids in zip(leaves, batches[i], strict=True)]
-        gradient = torch.autograd.grad(loss(start, i, part, *rows), start, create_graph=True)
+        gradient = step_gradient(loss, start, i, part, rows, graph=True)
         graph = one.now
     del gradient
-    return Memory(len(parts), max(map(len, parts)), run.peak + (len(parts) - 2) * theta.nbytes, graph)
+    return Memory(len(parts), max(map(len, parts)), theta.nbytes, run.peak - 2 * theta.nbytes, graph)
 
 
 def step_size(raw: Tensor, start: float) -> Tensor:

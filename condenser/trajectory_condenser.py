@@ -30,10 +30,12 @@ from condenser.feature_labels import (
 from condenser.loop import Learner, Rows, SetConfig
 from condenser.synthetic_set import Note, SyntheticSet
 from condenser.trajectory import (
+    Match,
     Memory,
     Mode,
     StepLoss,
     flat_network,
+    flat_parameters,
     match_trajectory,
     micro_batches,
     raw_step_size,
@@ -51,7 +53,7 @@ from utils.losses import task_loss
 from utils.normaliser import Normaliser
 from utils.streams import generator
 
-CPU_SAMPLES, GPU_SAMPLES = 25, 250  # of a micro-batch: as many as a processor's cache, or 4 GB hold
+CPU_GRAPH, GPU_GRAPH = 150 * 10**6, 2 * 10**9  # bytes of a micro-batch's graph, by device
 LEAST = 1e-8  # probability of a soft label that starts as 0
 
 
@@ -77,7 +79,7 @@ class TrajectoryConfig(SetConfig):
     threshold: float | None = Field(None, gt=0)  # a start whose loss is over it moves nothing
     starts: int = Field(1, ge=1)  # experts of an iteration
     mode: Mode = "exact"
-    micro_batch: int | None = Field(None, ge=1)  # samples whose graph lives at once; None: as suits the device
+    micro_batch: int | None = Field(None, ge=1)  # samples whose graph lives at once; None: CPU_GRAPH or GPU_GRAPH
     memory_budget: float = Field(2.0, ge=0)  # GB; the last steps' graphs that fit in are kept, not computed again
 
     @model_validator(mode="after")
@@ -164,7 +166,9 @@ class TrajectoryCondenser(Learner):
         if settings.lr_lr:
             self.rows["rate"] = Rows(self.raw_rate, sgd([self.raw_rate], settings.lr_lr, settings.mom_lr), None)
         self.leaves = [part.own for name, part in self.rows.items() if name != "rate"]
-        self.memory = self.measure_memory()
+        self.most = settings.micro_batch or self.fitting_samples()
+        tensors = self.measure_memory(self.micro(self.batch) or [slice(0, 1)])
+        self.memory = tensors if device.type == "cuda" else tensors.resident()
         budget = int(1e9 * settings.memory_budget)
         self.keep = self.memory.keep(budget)
 
@@ -190,39 +194,31 @@ class TrajectoryCondenser(Learner):
 
     def micro(self, size: int) -> list[slice]:
         """A batch in this rank's micro-batches, or in all where ranks share out the starts."""
-        usual = GPU_SAMPLES if self.world.device.type == "cuda" else CPU_SAMPLES
-        most = self.settings.micro_batch or usual
         if not self.shares_samples:
-            return micro_batches(size, most)
-        parts = micro_batches(size, max(1, min(most, -(-size // self.world.size))))
+            return micro_batches(size, self.most)
+        parts = micro_batches(size, max(1, min(self.most, -(-size // self.world.size))))
         return parts[self.world.rank :: self.world.size]
 
     def iterate(self, done: int) -> dict[str, float]:
         """A step by the mean gradient of the students that start in this iteration."""
         s, world = self.settings, self.world
-        found = {"match": 0.0, "alpha": 0.0, "skipped": 0.0, "count": 0.0}
+        found, skipped = {"match": 0.0, "alpha": 0.0, "count": 0.0}, 0
         sums = [torch.zeros_like(leaf) for leaf in (*self.leaves, self.raw_rate)]
-        alpha = self.alpha.detach()
         mine = range(s.starts) if self.shares_samples else world.share([1.0] * s.starts)
         for number in mine:
             start = self.draw(done, number)
-            match = match_trajectory(
-                self.step_loss(start), start.theta, start.target, alpha.to(start.theta), self.leaves,
-                [self.rows_of(ids) for ids in start.batches], [self.micro(len(ids)) for ids in start.batches],
-                s.mode, self.keep, math.inf if s.threshold is None else s.threshold,
-                world.sum if self.shares_samples and world.size > 1 else Tensor.detach,
-            )  # fmt: skip
+            match = self.match(start)
             found["match"] += match.loss
-            found["alpha"] += float(alpha)
+            found["alpha"] += float(self.alpha.detach())
             found["count"] += 1
             if match.gradients is None:
-                found["skipped"] += 1
+                skipped += 1
                 continue
             for whole, share in zip(sums, match.gradients, strict=True):
                 whole += share.to(whole)
             if world.main or not self.shares_samples:
                 self.add_label_objective(sums, start)
-        moved = torch.tensor([found["count"] - found["skipped"]], dtype=torch.float64)
+        moved = torch.tensor([found["count"] - skipped], dtype=torch.float64)
         if world.size > 1:
             for whole in sums:
                 world.sum(whole)
@@ -232,7 +228,17 @@ class TrajectoryCondenser(Learner):
             found["match"] = math.nan  # the loop says so, before anything has moved
         elif moved:
             self.move([whole / moved.to(whole) for whole in sums])
-        return found
+        return found if s.threshold is None else found | {"skipped": float(skipped)}
+
+    def match(self, start: Start) -> Match:
+        """Loss of a student and the gradients of the leaves and of the step size."""
+        s, world = self.settings, self.world
+        return match_trajectory(
+            self.step_loss(start), start.theta, start.target, self.alpha.detach().to(start.theta), self.leaves,
+            [self.rows_of(ids) for ids in start.batches], [self.micro(len(ids)) for ids in start.batches],
+            s.mode, self.keep, math.inf if s.threshold is None else s.threshold,
+            world.sum if self.shares_samples and world.size > 1 else Tensor.detach,
+        )  # fmt: skip
 
     def move(self, slopes: list[Tensor]) -> None:
         """One step of all that is learned, by gradients of the leaves and of the step size."""
@@ -333,15 +339,18 @@ class TrajectoryCondenser(Learner):
         place = next(i for i, leaf in enumerate(self.leaves) if leaf is self.labels)
         sums[place] += torch.autograd.grad(objective, labels)[0]
 
-    def measure_memory(self) -> Memory:
-        """What an iteration takes, found by two steps on the first rows (of theta 0: values do not matter)."""
-        s = self.settings
-        theta = torch.cat([p.detach().flatten() for p in self.net.parameters()])
+    def fitting_samples(self) -> int:
+        """Samples of a micro-batch whose graph, a vector [P] and as much for each, is as large as suits the device."""
+        each = self.measure_memory([slice(0, 1)]).graph - sum(p.nbytes for p in self.net.parameters())
+        return max(1, (GPU_GRAPH if self.world.device.type == "cuda" else CPU_GRAPH) // each)
+
+    def measure_memory(self, parts: list[slice]) -> Memory:
+        """What an iteration takes whose steps have these micro-batches, found by two on the first rows."""
+        s, theta = self.settings, flat_parameters(self.net)  # values do not matter
         ids = torch.arange(self.batch, device=self.world.device)
         start = Start((0, 0), theta, theta, [ids] * s.syn_steps)
-        parts = [self.micro(self.batch) or [slice(0, 1)]] * s.syn_steps
         rows = [self.rows_of(ids)] * s.syn_steps
-        return trajectory_memory(self.step_loss(start), theta, self.leaves, rows, parts, s.mode)
+        return trajectory_memory(self.step_loss(start), theta, self.leaves, rows, [parts] * s.syn_steps, s.mode)
 
     def describe_memory(self) -> str:
         """The estimate in words."""
