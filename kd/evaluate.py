@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from utils.kd_networks import kd_network, load_public
 
 from config import CommandLine, LocalPath, Option, Resolved
 from kd.kd_config import KdConfig
@@ -26,6 +25,7 @@ from utils.ddp import World
 from utils.dry_run import print_values
 from utils.image_networks import ImageNetwork
 from utils.init_script import init_script
+from utils.kd_networks import kd_network, load_public
 from utils.program import leave, run_program
 from utils.report import plain_table
 from utils.run_folder import REPOSITORY, log
