@@ -26,8 +26,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -206,10 +208,9 @@ def start_side(name: str, what: str, steps: int, glibc: bool) -> subprocess.Pope
 
 
 def serve(name: str, steps: int, budget: float, world: World) -> None:
-    """Run a side to warm up, then for every line that comes in; print its seconds, wall and CPU."""
+    """Run a side to warm up, then for every line that comes in; print the seconds of each, wall and CPU."""
     run = side(name, steps, budget, world)[0]
-    run()
-    for _ in sys.stdin:
+    for _ in chain([""], sys.stdin):
         began = time.process_time()
         wall = seconds(run, world.device)
         print(wall, time.process_time() - began, flush=True)
@@ -219,12 +220,17 @@ def time_sides(steps: int, rounds: int, glibc: Sequence[str]) -> None:
     """Time the sides in turn; print medians of both clocks, and the plain sides over ours in the same rounds."""
     found: dict[str, list[list[float]]] = {name: [] for name in SIDES}
     with ExitStack() as stack:
-        runs = {name: stack.enter_context(start_side(name, "time", steps, name in glibc)) for name in SIDES}
+        runs = dict[str, tuple[IO[str], IO[str]]]()
+        for name in SIDES:
+            process = stack.enter_context(start_side(name, "time", steps, name in glibc))
+            if process.stdin and process.stdout:
+                runs[name] = process.stdin, process.stdout
+                process.stdout.readline()
         for number in range(rounds):
             for name in sorted(runs, reverse=bool(number % 2)):  # each first in every other round
-                pipes = runs[name]
-                print(file=pipes.stdin, flush=True)
-                found[name].append([float(word) for word in pipes.stdout.readline().split()] if pipes.stdout else [])
+                ask, answer = runs[name]
+                print(file=ask, flush=True)
+                found[name].append([float(word) for word in answer.readline().split()])
             print(f"round {number}: " + ", ".join(f"{name} {found[name][-1][0]:.2f} s" for name in SIDES), flush=True)
     for name in SIDES:
         words = []
@@ -284,8 +290,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (default: 5)")
     parser.add_argument("--steps", type=int, default=10, help="of the student whose time is taken (default: 10)")
-    budget = TrajectoryConfig(ipc=1).memory_budget
-    parser.add_argument("--memory_budget", type=float, default=budget, help=f"GB, of exact_kept (default: {budget:g})")
+    parser.add_argument("--memory_budget", type=float, default=4.0, help="GB, of exact_kept (default: 4)")
     parts = ("memory", "time", "draw")
     parser.add_argument("--what", choices=parts, nargs="+", default=list(parts), help="default: all three")
     parser.add_argument(

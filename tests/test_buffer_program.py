@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,15 +69,6 @@ class Lab:
 
     def config(self, *more: str) -> buffer.BufferConfig:
         return add_args_from_yaml(buffer.BufferConfig, self.folder / "short.yaml", more, PROGRAM.parent).config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the programs that are started: bits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

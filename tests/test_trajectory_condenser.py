@@ -313,6 +313,16 @@ def test_neither_micro_batches_nor_kept_graphs_change_the_result() -> None:
             torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
+def test_a_micro_batch_is_as_large_as_its_graph_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    theta = sum(p.nbytes for p in network().parameters())
+    graphs = [make(label()).measure_memory([slice(0, samples)]).graph - theta for samples in (1, 2, 3, 4)]
+    for samples in (1, 2, 3):
+        monkeypatch.setattr(trajectory_condenser, "CPU_GRAPH", (graphs[samples - 1] + graphs[samples]) // 2)
+        assert make(label(), micro_batch=None).most == samples
+    monkeypatch.setattr(trajectory_condenser, "CPU_GRAPH", 1)
+    assert make(label(), micro_batch=None).most == 1
+
+
 def test_tesla_is_exact_for_one_step_only() -> None:
     for steps in (1, 3):
         runs = []
