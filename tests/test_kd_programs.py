@@ -261,7 +261,7 @@ def test_no_step_waits_for_the_device(lab: Lab, method: str, tmp_path: Path) -> 
 
 
 def test_shipped_configurations_resolve() -> None:
-    files = [path for path in CONFIGS.rglob("*.yaml") if path.name != "base.yaml"]
+    files = [path for path in CONFIGS.rglob("*.yaml") if path.name != "base.yaml" and path.parent.name != "text"]
     assert len(files) > 45
     for path in files:
         add_args_from_yaml(KdConfig, path, (), ROOT)

@@ -206,9 +206,10 @@ class Loop(ABC):
                     f"dataloader: ended in step {step + 1} of {steps}: give as many batches as its length says, or "
                     "fewer num_steps"
                 )
+            # Before the last step, whose save keeps the random state: the end of a sampler may draw once more.
+            if step == steps - 1 and not endless and next(source, None) is not None:
+                raise ConfigError(f"dataloader: has more batches than its length says, enough for {steps} steps")
             yield group
-        if not endless and next(source, None) is not None:
-            raise ConfigError(f"dataloader: has more batches than its length says, enough for {steps} steps")
 
     def again(self, dataloader: Any) -> Iterator[Any]:
         """Batches from as many passes as are wanted; ends with a loader that has no more."""
