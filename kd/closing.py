@@ -1,41 +1,91 @@
-"""The end of a run: final scores, weights, an export without our code, the report."""
+"""The end of a run: final scores, fidelity to its teacher, weights, an export without our code, the report."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from kd.exported import export_student
-from kd.kd_config import teacher_folder
+from kd.kd_config import HEADS, LAST, KdConfig, teacher_folder
+from kd.kd_data import KdData
+from kd.methods.fidelity import fidelity, linear_cka
+from kd.methods.probe import linear_probe
+from kd.methods.terms import HsakdTeacherTerm
 from kd.scoring import all_logits, final_scores
 from kd.student_run import StudentRun
 from kd.teacher import Teacher
 from utils.checkpoint import save_tensors
+from utils.ddp import World
+from utils.image_networks import ImageNetwork
 from utils.report import Block, Heading, Paragraph, Picture, Table, loss_curve, write_report
 from utils.run_folder import log
+from utils.utils_image import ImageSet
 
-LAST = "student.safetensors"
-
-
-def teacher_logits(teacher: Teacher, run: StudentRun) -> Tensor | None:
-    """The teacher's logits [N, K] of the test images, on the CPU of rank 0."""
-    data, world = run.data, run.world
-
-    def read(which: Tensor) -> Tensor:
-        return teacher.logits(data.test_input(data.test, which, world.device))
-
-    return all_logits(read, len(data.test), run.cfg.DATASET.TEST.BATCH_SIZE, world)
+CKA_IMAGES = 2000  # at most, all over the test set
 
 
-def finish(run: StudentRun, of_teacher: Tensor | None) -> dict[str, float]:
+@dataclass(frozen=True)
+class Said:
+    """What a teacher says of the test images: logits [N, K], and what its head reads [n, D] of those for CKA."""
+
+    logits: Tensor
+    rows: Tensor
+
+
+def rows_of(
+    net: ImageNetwork, data: KdData, part: ImageSet, which: Tensor, cfg: KdConfig, world: World
+) -> Tensor | None:
+    """What a network's head reads [n, D] of the centres of some images, on the CPU of rank 0."""
+    read = lambda ids: net.get_feature_single(data.test_input(part, which[ids], world.device))  # noqa: E731
+    return all_logits(read, len(which), cfg.DATASET.TEST.BATCH_SIZE, world)
+
+
+def for_cka(data: KdData) -> Tensor:
+    """Test images all over the set."""
+    return torch.linspace(0, len(data.test) - 1, min(len(data.test), CKA_IMAGES)).long()
+
+
+def finish_all(runs: Sequence[StudentRun], teachers: Sequence[Teacher]) -> list[tuple[str, dict[str, float]]]:
+    """Names and numbers of runs of one teacher; of several, fidelity is to the largest. All ranks together."""
+    said = None
+    if teachers and runs:
+        data, world, cfg = runs[0].data, runs[0].world, runs[0].cfg
+        read = lambda which: teachers[0].logits(data.test_input(data.test, which, world.device))  # noqa: E731
+        logits = all_logits(read, len(data.test), cfg.DATASET.TEST.BATCH_SIZE, world)
+        rows = rows_of(teachers[0].net, data, data.test, for_cka(data), cfg, world)
+        said = None if logits is None or rows is None else Said(logits, rows)
+    return [(run.label, finish(run, said)) for run in runs]
+
+
+def fit_head(run: StudentRun) -> None:
+    """Give a student that saw no labels the best linear classifier of its features. All ranks together."""
+    train, world, head = run.data.train, run.world, run.net.head
+    rows = rows_of(run.net, run.data, train, torch.arange(len(train)), run.cfg, world)
+    found = None if rows is None else linear_probe(rows, train.labels, len(run.data.classes)).state_dict()
+    head.load_state_dict(world.broadcast(found))
+
+
+def finish(run: StudentRun, said: Said | None) -> dict[str, float]:
     """Write what a run ends with; its numbers on rank 0. All ranks together."""
     run.net.eval()
     data, batch, world = run.data, run.cfg.DATASET.TEST.BATCH_SIZE, run.world
+    if run.cfg.views == "bags":
+        fit_head(run)
     own = all_logits(lambda which: run.logits(data.test, which), len(data.test), batch, world)
+    rows = rows_of(run.net, data, data.test, for_cka(data), run.cfg, world)
     held, held_out = None, data.held_out
     if held_out:
-        rows = all_logits(lambda which: run.logits(held_out, which), len(held_out), batch, world)
-        held = None if rows is None else (rows, held_out.labels)
+        of_held = all_logits(lambda which: run.logits(held_out, which), len(held_out), batch, world)
+        held = None if of_held is None else (of_held, held_out.labels)
     result: dict[str, float] = {}
     if own is not None:
-        result = final_scores(own, data.test.labels, held, of_teacher if run.cfg.distils else None)
+        result = final_scores(own, data.test.labels, held)
+        if said is not None and rows is not None and run.cfg.distils:
+            found = fidelity(own, said.logits, data.test.labels)
+            result |= {"agreement": found.agreement, "kl_to_teacher": found.kl, "js_to_teacher": found.js}
+            result |= {"cka": 100 * linear_cka(rows, said.rows)}
+            result |= {f"teacher_{name}": value for name, value in found.teacher.as_dict().items()}
         result |= {"best_top1": run.best, "best_epoch": run.best_epoch, "epochs": run.cfg.epochs}
         result |= {"seconds": round(run.seconds, 1), "parameters": sum(p.numel() for p in run.net.parameters())}
         write_files(run, result)
@@ -49,13 +99,20 @@ def write_files(run: StudentRun, result: dict[str, float]) -> None:
     save_tensors(folder / LAST, run.weights())
     export_student(run.net, run.data.train.normaliser, run.data.size, folder / "student.pt2")
     run.net.to(run.world.device)
+    heads = {
+        name: value
+        for term in run.learner.modules() if isinstance(term, HsakdTeacherTerm)
+        for name, value in term.heads.state_dict().items()
+    }  # fmt: skip
     if run.cfg.EXPERIMENT.SAVE_AS_TEACHER and not run.cfg.distils and not run.cfg.QUICK:
         name = d.STUDENT.removesuffix("_sdd")
         path = teacher_folder(run.cfg, name)
-        path = path / f"{path.name.removesuffix('_vanilla')}.safetensors"
+        path = path / f"{path.name.rpartition('_')[0]}.safetensors"
         if path.exists():
             log.info(f"{run.label}: the teacher in {path} is kept; remove it to have this one")
         else:
+            if heads:
+                save_tensors(path.with_name(HEADS), heads)
             save_tensors(path, run.weights(), {"run": run.label, "top1": f"{result['top1']:.2f}"})
             log.info(f"{run.label}: teacher written: {path}")
     lines = run.folder.metrics()

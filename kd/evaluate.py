@@ -66,7 +66,7 @@ def evaluate(resolved: Resolved[EvaluateConfig], command: CommandLine) -> None:
             log.info("no temperature is fitted: DATASET.VAL_FRACTION is 0")
         if rows is not None:
             fitted = (held, data.held_out.labels) if held is not None and data.held_out else None
-            found = final_scores(rows, data.test.labels, fitted, None)
+            found = final_scores(rows, data.test.labels, fitted)
             print(plain_table(result_table([(cfg.CHECKPOINT.name, found)])))
 
 

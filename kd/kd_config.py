@@ -1,22 +1,40 @@
 """The requirement's YAML keys as checked settings, and what follows from them: loss, schedule, run folder."""
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from config import ConfigError, LocalPath, Option, Section, flatten
+from config.schema import nearest
 from kd.losses import Base, Compat, LossConfig
+from kd.methods.chains import Assistants, Dlb
+from kd.methods.condensation import Kcd
+from kd.methods.contrast import Bingo, Crd
+from kd.methods.hints import At, FitNet, Nst, Review, Vid
+from kd.methods.relations import Dist, Ickd, Pkt, Rkd, Sp
+from kd.methods.rotations import Hsakd
+from kd.methods.temperature import Ctkd
+from kd.methods.transformer import Tat
 from kd.regions import parse_scales
 from utils.run_folder import short_hash
 
-DistillerType = Literal[
+Views = Literal["plain", "turned", "bags", "twice"]
+METHODS = (
     "NONE", "KD", "DKD", "NKD", "SDD_KD", "SDD_DKD", "SDD_NKD",
     "KD_LSKD", "DKD_LSKD", "NKD_LSKD", "SDD_KD_LSKD", "SDD_DKD_LSKD", "SDD_NKD_LSKD",
-]  # fmt: skip
-METHODS: tuple[str, ...] = get_args(DistillerType)
+)  # fmt: skip
+# Terms that stand alone or beside one of the above, as in KD+CRD; and their settings' place.
+TERMS = (
+    "AT", "CRD", "DIST", "DLB", "FITNET", "ICKD", "NST", "PKT", "REVIEWKD", "RKD", "SP", "TAT", "VID",
+    "BINGO", "HSAKD", "HSAKD_TEACHER",
+)  # fmt: skip
+ALONE = ("NONE", "BINGO", "HSAKD", "HSAKD_TEACHER")
+UNTAUGHT = ("NONE", "DLB", "HSAKD_TEACHER")  # without a teacher
+VIEWS: dict[str, Views] = {"DLB": "twice", "HSAKD": "turned", "HSAKD_TEACHER": "turned", "BINGO": "bags"}
 BASES: dict[str, Base] = {"NONE": "kd", "KD": "kd", "DKD": "dkd", "NKD": "nkd"}
 QUICK_EPOCHS = 5
+LAST, HEADS = "student.safetensors", "heads.safetensors"  # files of a finished run
 OPTIONS = (
     Option("M", "M", "value", 'scales of regions, as in "[1,2,4]"; [1] is the whole image alone'),
     Option("quick", "QUICK", "flag", "5 epochs, decay stages and warm-ups scaled"),
@@ -75,11 +93,37 @@ class Dataset(Section):
 class Distiller(Section):
     """Method and networks."""
 
-    TYPE: DistillerType = "SDD_KD_LSKD"
+    TYPE: str = "SDD_KD_LSKD"  # one of METHODS, or of TERMS, or several joined by +
     TEACHER: str | None = None
     STUDENT: str
     TEACHER_PATH: LocalPath | None = None  # a file; None: looked for below TEACHERS
     TEACHERS: LocalPath = Path("save")
+
+    @field_validator("TYPE")
+    @classmethod
+    def known(cls, value: str) -> str:
+        """Methods that exist, and that can be added up."""
+        parts = value.split("+")
+        for part in parts:
+            if part not in METHODS + TERMS:
+                raise ValueError(f"no method '{part}'{nearest(part, METHODS + TERMS)}")
+        several = len(parts) > 1
+        if len({*parts}) < len(parts) or sum(part in METHODS for part in parts) > 1 or several and {*parts} & {*ALONE}:
+            raise ValueError(
+                f"{value} cannot be added up: take different ones, of {', '.join(METHODS[1:])} at most one, and "
+                f"{', '.join(ALONE)} alone"
+            )
+        return value
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The methods that are added up."""
+        return tuple(self.TYPE.split("+"))
+
+    @property
+    def logit_method(self) -> str:
+        """The one of METHODS among them; NONE: there is none."""
+        return next((part for part in self.parts if part in METHODS), "NONE")
 
 
 class Solver(Section):
@@ -96,7 +140,7 @@ class Solver(Section):
     MOMENTUM: float = Field(0.9, ge=0, lt=1)
     AMP: bool = False  # bfloat16 in the student's convolutions; losses stay float32
     SYNC_BN: bool = False  # batch norm over all ranks
-    CHANNELS_LAST: bool = False
+    CHANNELS_LAST: bool = True  # the student's maps; the teacher's always are
 
 
 class KdWeights(Section):
@@ -170,6 +214,24 @@ class KdConfig(Section):
     NKD: Nkd = Nkd()
     SDD: Sdd = Sdd()
     LSKD: Lskd = Lskd()
+    AT: At = At()
+    CRD: Crd = Crd()
+    DIST: Dist = Dist()
+    DLB: Dlb = Dlb()
+    FITNET: FitNet = FitNet()
+    ICKD: Ickd = Ickd()
+    NST: Nst = Nst()
+    PKT: Pkt = Pkt()
+    REVIEWKD: Review = Review()
+    RKD: Rkd = Rkd()
+    SP: Sp = Sp()
+    TAT: Tat = Tat()
+    VID: Vid = Vid()
+    BINGO: Bingo = Bingo()
+    HSAKD: Hsakd = Hsakd()
+    CTKD: Ctkd | None = None  # a temperature that is learned, of any method that has one
+    KCD: Kcd | None = None  # a training set that shrinks, for any method
+    ASSISTANTS: Assistants = Assistants()  # networks between teacher and student, for any method with a teacher
     LOG: Log = Log()
     M: tuple[int, ...] = (1, 2, 4)
     COMPAT: Compat | None = None  # a public variant of the loss, bugs included
@@ -189,10 +251,19 @@ class KdConfig(Section):
 
     @model_validator(mode="after")
     def check(self) -> "KdConfig":
-        """A student needs a teacher; the loss is one that exists."""
-        if self.distils and self.DISTILLER.TEACHER is None:
+        """A student needs a teacher; what is combined goes together."""
+        d, views = self.DISTILLER, [VIEWS[part] for part in self.DISTILLER.parts if part in VIEWS]
+        if self.distils and d.TEACHER is None:
+            raise ValueError(f"DISTILLER.TYPE: {d.TYPE} needs DISTILLER.TEACHER; name a network, or set TYPE: NONE")
+        if self.CTKD and not {"DIST", *METHODS[1:]} & {*d.parts}:
+            raise ValueError(f"CTKD: {d.TYPE} has no temperature that could be learned; add KD, or leave CTKD out")
+        if self.ASSISTANTS.NETWORKS and not self.distils:
+            raise ValueError(f"ASSISTANTS: {d.TYPE} has no teacher, so there is nothing between; leave NETWORKS empty")
+        kept_alone = views or self.KCD or self.ASSISTANTS.NETWORKS or {*d.parts} - {*METHODS, "DIST"}
+        if self.KD.CACHE_VIEWS and kept_alone:
             raise ValueError(
-                f"DISTILLER.TYPE: {self.DISTILLER.TYPE} needs DISTILLER.TEACHER; name a network, or set TYPE: NONE"
+                f"KD.CACHE_VIEWS: {self.KD.CACHE_VIEWS}, but only logits of one teacher on fixed images can be kept, for "
+                "methods of logits alone; set 0"
             )
         try:
             self.loss  # noqa: B018 - a loss that cannot be is said here
@@ -203,22 +274,32 @@ class KdConfig(Section):
     @property
     def distils(self) -> bool:
         """Whether there is a teacher."""
-        return self.DISTILLER.TYPE != "NONE"
+        return not {*self.DISTILLER.parts} <= {*UNTAUGHT}
+
+    @property
+    def views(self) -> Views:
+        """What the method needs of a batch."""
+        return next((VIEWS[part] for part in self.DISTILLER.parts if part in VIEWS), "plain")
+
+    @property
+    def apart(self) -> bool:
+        """Whether the run cannot share batches and teacher with others."""
+        return self.views != "plain" or self.KCD is not None or bool(self.ASSISTANTS.NETWORKS)
 
     @property
     def base_loss(self) -> Base:
         """Of the method."""
-        return BASES[self.DISTILLER.TYPE.removeprefix("SDD_").removesuffix("_LSKD")]
+        return BASES[self.DISTILLER.logit_method.removeprefix("SDD_").removesuffix("_LSKD")]
 
     @property
     def standardise(self) -> bool:
         """Whether logits are standardised."""
-        return self.DISTILLER.TYPE.endswith("_LSKD")
+        return self.DISTILLER.logit_method.endswith("_LSKD")
 
     @property
     def regions(self) -> tuple[int, ...]:
         """Scales of the method: M with SDD, else the whole image."""
-        return self.M if self.DISTILLER.TYPE.startswith("SDD_") else (1,)
+        return self.M if self.DISTILLER.logit_method.startswith("SDD_") else (1,)
 
     @property
     def loss(self) -> LossConfig:
@@ -234,9 +315,9 @@ class KdConfig(Section):
 
     @property
     def weights(self) -> tuple[float, float]:
-        """Of the cross-entropy and of the method's loss."""
-        if not self.distils:
-            return 1.0, 0.0
+        """Of the cross-entropy and of the loss of logits."""
+        if self.DISTILLER.logit_method == "NONE":
+            return float(self.DISTILLER.TYPE != "BINGO"), 0.0
         if self.base_loss == "kd":
             return self.KD.LOSS.CE_WEIGHT, self.KD.LOSS.KD_WEIGHT
         return (self.DKD if self.base_loss == "dkd" else self.NKD).CE_WEIGHT, 1.0
@@ -246,15 +327,20 @@ class KdConfig(Section):
         """Length of the run."""
         return QUICK_EPOCHS if self.QUICK else self.SOLVER.EPOCHS
 
+    @property
+    def share_of_epochs(self) -> float:
+        """Of the schedule: less than 1 in a quick run."""
+        return self.epochs / self.SOLVER.EPOCHS
+
     def rate(self, epoch: int) -> float:
         """Learning rate of epoch 1, 2, ...: decayed after every stage."""
-        stages = [stage * self.epochs / self.SOLVER.EPOCHS for stage in self.SOLVER.LR_DECAY_STAGES]
+        stages = [stage * self.share_of_epochs for stage in self.SOLVER.LR_DECAY_STAGES]
         return self.SOLVER.LR * self.SOLVER.LR_DECAY_RATE ** sum(epoch > stage for stage in stages)
 
-    def warm(self, epoch: int) -> float:
-        """Share of the loss's weight in epoch 1, 2, ...: min(epoch / warm-up, 1)."""
-        warmup = {"kd": self.KD.WARMUP, "dkd": self.DKD.WARMUP, "nkd": self.NKD.WARMUP}[self.base_loss]
-        return min(epoch / max(warmup * self.epochs / self.SOLVER.EPOCHS, 1), 1.0)
+    @property
+    def warmup(self) -> float:
+        """Epochs in which the weight of the loss of logits rises."""
+        return {"kd": self.KD.WARMUP, "dkd": self.DKD.WARMUP, "nkd": self.NKD.WARMUP}[self.base_loss]
 
 
 def plain(network: str) -> str:
@@ -265,8 +351,10 @@ def plain(network: str) -> str:
 def run_name(cfg: KdConfig) -> str:
     """Method and networks, or EXPERIMENT.NAME."""
     d = cfg.DISTILLER
-    networks = [plain(d.TEACHER), plain(d.STUDENT)] if cfg.distils and d.TEACHER else [plain(d.STUDENT)]
-    return cfg.EXPERIMENT.NAME or "_".join([d.TYPE if cfg.distils else "vanilla", *networks])
+    above = [d.TEACHER, *cfg.ASSISTANTS.NETWORKS] if cfg.distils and d.TEACHER else []
+    method = "vanilla" if d.TYPE == "NONE" else d.TYPE
+    also = [name for name in ("CTKD", "KCD") if getattr(cfg, name)]
+    return cfg.EXPERIMENT.NAME or "_".join(["+".join([method, *also]), *map(plain, [*above, d.STUDENT])])
 
 
 def run_folder(cfg: KdConfig) -> Path:
@@ -275,8 +363,14 @@ def run_folder(cfg: KdConfig) -> Path:
         "DATASET.ROOT", "DATASET.IN_MEMORY", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHERS",
         "DISTILLER.TEACHER_PATH", "EXPERIMENT.", "LOG.", "debug", "M",
     )  # fmt: skip
+    if cfg.DISTILLER.logit_method == "NONE":
+        elsewhere += ("KD.TEMPERATURE", "KD.L", "KD.W", "DKD.", "NKD.", "SDD.", "LSKD.", "COMPAT")
     if not cfg.distils:
-        elsewhere += ("KD.T", "KD.L", "KD.W", "DKD.", "NKD.", "SDD.", "LSKD.", "DISTILLER.TEACHER", "COMPAT")
+        elsewhere += ("DISTILLER.TEACHER", "KD.TEACHER_DTYPE")
+    read = {*cfg.DISTILLER.parts} | ({"HSAKD"} if "HSAKD_TEACHER" in cfg.DISTILLER.parts else set())
+    elsewhere += tuple(f"{name}." for name in TERMS if name not in read)
+    elsewhere += tuple(n for n in ("CTKD", "KCD") if not getattr(cfg, n))
+    elsewhere += () if cfg.ASSISTANTS.NETWORKS else ("ASSISTANTS.",)
     values = {key: value for key, value in flatten(cfg).items() if not key.startswith(elsewhere)}
     values["M"] = list(cfg.regions)
     scales = f"_M{'-'.join(map(str, cfg.regions))}" if cfg.distils else ""
@@ -285,6 +379,22 @@ def run_folder(cfg: KdConfig) -> Path:
 
 
 def teacher_folder(cfg: KdConfig, network: str) -> Path:
-    """The requirement's place: TEACHERS/models/NAME_vanilla for CIFAR-100, else TEACHERS/DATASET/NAME_vanilla."""
+    """The requirement's place: TEACHERS/models/NAME_vanilla for CIFAR-100, else TEACHERS/DATASET/NAME_vanilla.
+
+    Teachers of HSAKD, which have heads of their own, lie in NAME_hsakd.
+    """
     kind = {"cifar100": "models"}.get(cfg.DATASET.TYPE, cfg.DATASET.TYPE)
-    return cfg.DISTILLER.TEACHERS / kind / f"{plain(network)}_vanilla"
+    phase = "hsakd" if cfg.views == "turned" else "vanilla"
+    return cfg.DISTILLER.TEACHERS / kind / f"{plain(network)}_{phase}"
+
+
+def links(cfg: KdConfig) -> list[KdConfig]:
+    """The run of every assistant, in order of training, each taught by the larger ones; then the run itself."""
+    d, above = cfg.DISTILLER, cfg.ASSISTANTS
+    runs = []
+    for number, name in enumerate(above.NETWORKS):
+        chain = above.model_copy(update={"NETWORKS": above.NETWORKS[:number]})
+        parts = {"DISTILLER": d.model_copy(update={"STUDENT": name}), "ASSISTANTS": chain}
+        experiment = cfg.EXPERIMENT.model_copy(update={"NAME": "", "SAVE_AS_TEACHER": False})
+        runs.append(cfg.model_copy(update=parts | {"EXPERIMENT": experiment}))
+    return [*runs, cfg]

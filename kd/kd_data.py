@@ -1,4 +1,4 @@
-"""Images of teacher and student: one view of a sample an epoch, whatever the batch, the rank or the student."""
+"""Images of teacher and student, as their settings name them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from config import ConfigError
-from kd.kd_config import Dataset, KdConfig
-from utils.ddp import World
+from kd.kd_config import Dataset
 from utils.downloads import ARCHIVES, fetch_dataset
 from utils.image_readers import RawSplit, read_images
 from utils.normaliser import Normaliser
-from utils.streams import generator
 from utils.utils_image import ImageDatasetConfig, ImageSet, fingerprint, in_memory, measure, stratified, take
-from utils.views import check_crop, crop_flip, resized_views, view_numbers
 
 # Side of the input, side of what crops are taken from, padding, as in the papers; any other set has LARGE.
 SIZES = {name: (32, 32, 4) for name in ("cifar10", "cifar100", "digits", "mnist", "fashionmnist", "svhn")} | {
@@ -98,52 +95,3 @@ def data_folder(d: Dataset) -> Path | None:
 def part(split: RawSplit, which: Tensor) -> RawSplit:
     """Some of the samples."""
     return RawSplit(take(split.images, which), split.labels[which])
-
-
-class Batches:
-    """The training batches of this rank: order and views are streams of (seed, epoch) and of the sample alone."""
-
-    def __init__(self, data: KdData, cfg: KdConfig, world: World) -> None:
-        """Raises ConfigError for fewer samples than ranks, or images too small for the crops."""
-        d, batch, count = cfg.DATASET, cfg.SOLVER.BATCH_SIZE, len(data.train)
-        if batch < world.size:
-            raise ConfigError(f"SOLVER.BATCH_SIZE: {batch} is of {world.size} ranks together; raise it")
-        self.data, self.batch, self.seed, self.world = data, batch, cfg.SEED, world
-        self.fixed = cfg.KD.CACHE_VIEWS  # epochs take so many views in turn; 0 = every epoch its own
-        # A rank without a sample, and a batch norm of one, have no statistics.
-        drop = count > batch and (d.DROP_LAST or count % batch < max(2, world.size))
-        self.used = count - count % batch if drop else count
-        self.steps = -(-self.used // batch)
-        self.train = data.train.to(world.device)
-        self.labels = data.train.labels.to(world.device)
-        check_crop(data.train.size, data.size, data.pad)
-
-    def begin(self, epoch: int) -> None:
-        """Draw the order and the views of epoch 0, 1, ...; they go to the device at once."""
-        order = torch.randperm(len(self.train), generator=generator(self.seed, "kd order", epoch))[: self.used]
-        self.parts = order.split(self.batch)
-        self.own = [part[self.world.rank :: self.world.size] for part in self.parts]
-        self.view = epoch % self.fixed if self.fixed else epoch
-        self.on_device = torch.cat(self.own).to(self.world.device).split([len(part) for part in self.own])
-        if self.data.resized:
-            self.make = resized_views(self.train, self.seed, self.view, self.data.size)
-            return
-        numbers = view_numbers(self.seed, self.view, len(self.train)).to(self.world.device)
-        if not self.data.flip:
-            numbers[:, 2] = 1
-        self.make = lambda which: crop_flip(
-            self.train.levels(which).to(self.world.device), numbers[which], self.data.size, self.data.pad
-        )
-
-    def input(self, which: Tensor) -> Tensor:
-        """Normalised views [B, C, size, size] of samples [B], which are on the device."""
-        return self.train.normaliser(self.make(which).to(self.world.device).float() / 255)
-
-    def get(self, turn: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch number `turn` of the epoch on this rank: views [B, C, H, W], class ids [B], sample ids [B]."""
-        which = self.on_device[turn]
-        return self.input(which), self.labels[which], which
-
-    def share(self, turn: int) -> float:
-        """What this rank's mean counts for in the mean over the whole batch, times the ranks."""
-        return len(self.own[turn]) * self.world.size / len(self.parts[turn])

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from config import ConfigError, Section
-from utils.losses import kl_rows, widened
+from utils.losses import kl_rows, squared, widened
 
 Base = Literal["kd", "dkd", "nkd"]
 Deviation = Literal["sample", "population"]
@@ -68,7 +68,9 @@ def normalize_logit(logits: Tensor, deviation: Deviation = "sample", eps: float 
     return centred * (spread + eps).reciprocal()  # on a CPU faster than torch.std and a division a logit
 
 
-def dkd_rows(student: Tensor, teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
+def dkd_rows(
+    student: Tensor, teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float | Tensor
+) -> Tensor:
     """T^2 (alpha TCKD + beta NCKD) of every row: logits [..., K], target [...] -> [...]. ConfigError: K < 3.
 
     TCKD: KL of {target, rest}; its logit is d = z_y / T - logsumexp of the rest. NCKD: KL within the rest.
@@ -77,11 +79,11 @@ def dkd_rows(student: Tensor, teacher: Tensor, target: Tensor, alpha: float, bet
     (d_s, rest_s, _), (d_t, rest_t, p_t) = (_split(widened(z) / temperature, target) for z in (student, teacher))
     yes, no = F.logsigmoid(d_t), F.logsigmoid(-d_t)
     tckd = yes.exp() * (yes - F.logsigmoid(d_s)) + no.exp() * (no - F.logsigmoid(-d_s))
-    return temperature**2 * (alpha * tckd + beta * (p_t * (rest_t - rest_s)).sum(-1))
+    return squared(temperature) * (alpha * tckd + beta * (p_t * (rest_t - rest_s)).sum(-1))
 
 
 def nkd_rows(
-    student: Tensor, teacher: Tensor, target: Tensor, gamma: float, temperature: float, whole: bool = False
+    student: Tensor, teacher: Tensor, target: Tensor, gamma: float, temperature: float | Tensor, whole: bool = False
 ) -> Tensor:
     """-p_t(y) log p_s(y), both at T = 1, - gamma T^2 sum of q_t log q_s, both within the rest at T: [..., K], [...] ->
     [...]. `whole` (compat sdd_nkd): the rest is all classes. ConfigError: K < 3."""
@@ -92,7 +94,7 @@ def nkd_rows(
         p_t, log_s = (teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1)
     else:
         p_t, log_s = _split(teacher / temperature, target)[2], _split(student / temperature, target)[1]
-    return -hit - gamma * temperature**2 * (p_t * log_s).sum(-1)
+    return -hit - gamma * squared(temperature) * (p_t * log_s).sum(-1)
 
 
 def _split(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,21 +114,25 @@ def refuse_two_classes(base: str, logits: Tensor) -> None:
         )
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, target: Tensor, settings: LossConfig) -> Tensor:
+def distillation_loss(
+    student: Tensor, teacher: Tensor, target: Tensor, settings: LossConfig, temperature: Tensor | None = None
+) -> Tensor:
     """Loss [] of region logits [B, K, N], region 0 being the whole image, with target [B]; for every method.
 
-    Raises ConfigError for dkd and nkd with K < 3.
+    `temperature` [B] or [1], of samples, stands in for the settings' number. Raises ConfigError for dkd and nkd with
+    K < 3.
     """
     s, student, teacher = settings, widened(student.mT.contiguous()), widened(teacher.mT.contiguous())  # [B, N, K]
     said, y = teacher.argmax(-1), target[:, None].expand(-1, teacher.shape[1])
     if s.standardise:
         student, teacher = normalize_logit(student, s.deviation), normalize_logit(teacher, s.deviation)
+    degrees = s.temperature if temperature is None else temperature[:, None, None]
     if s.base == "kd":
-        rows = kl_rows(student, teacher, s.temperature)
+        rows = kl_rows(student, teacher, degrees)
     elif s.base == "dkd":
-        rows = dkd_rows(student, teacher, y, s.alpha, s.beta, s.temperature)
+        rows = dkd_rows(student, teacher, y, s.alpha, s.beta, degrees)
     else:
-        rows = nkd_rows(student, teacher, y, s.gamma, s.temperature, whole=s.compat == "sdd_nkd")
+        rows = nkd_rows(student, teacher, y, s.gamma, degrees, whole=s.compat == "sdd_nkd")
     if s.weight_rule == "none":
         same = torch.ones_like(rows, dtype=torch.bool)
     else:

@@ -63,26 +63,21 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return 1 / (low * high) ** 0.5
 
 
-def final_scores(
-    logits: Tensor, labels: Tensor, held: tuple[Tensor, Tensor] | None, teacher: Tensor | None
-) -> dict[str, float]:
-    """Scores of test logits [N, K], those at a temperature fitted to held-out (logits, labels), and how often the
-    student says what its teacher (logits [N, K]) says, in percent."""
+def final_scores(logits: Tensor, labels: Tensor, held: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+    """Scores of test logits [N, K], and those at a temperature fitted to held-out (logits, labels) with their top-1."""
     found = score(logits, labels).as_dict()
     if held:
         temperature = fit_temperature(*held)
         scaled = score(logits, labels, temperature)
         found |= {"temperature": temperature, "nll_scaled": scaled.nll, "ece_scaled": scaled.ece}
-    if teacher is not None:
-        says = teacher.argmax(1)
-        found["agreement"] = 100 * float((logits.argmax(1) == says).double().mean())
-        found["teacher_top1"] = 100 * float((says == labels).double().mean())
+        found |= {"held_out_top1": score(*held).top1}
     return found
 
 
 COLUMNS = {  # of result tables: the number in a run's result, its name
     "top1": "top-1, last", "top5": "top-5", "nll": "NLL", "ece": "ECE", "nll_scaled": "NLL, scaled",
-    "ece_scaled": "ECE, scaled", "agreement": "agreement", "teacher_top1": "teacher", "best_top1": "top-1, best",
+    "ece_scaled": "ECE, scaled", "agreement": "agreement", "kl_to_teacher": "KL to teacher",
+    "cka": "CKA", "teacher_top1": "teacher", "best_top1": "top-1, best", "held_out_top1": "top-1, held out",
 }  # fmt: skip
 
 

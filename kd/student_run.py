@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError
+from kd.kd_batches import Batch, Batches
 from kd.kd_config import KdConfig
-from kd.kd_data import Batches, KdData
-from kd.losses import distillation_loss
+from kd.kd_data import KdData
+from kd.learner import Learner
+from kd.methods.terms import Pass
 from kd.scoring import hits, shares
-from kd.teacher import KeptLogits, Regions, Teacher, regions_of
+from kd.teacher import KeptLogits, Regions, Teacher
 from utils.checkpoint import load_pth, save_pth, save_tensors
 from utils.ddp import World
 from utils.image_networks import ImageNetwork
@@ -30,36 +32,26 @@ STATE, BEST = "state.pth", "student_best.safetensors"
 AGREE_STEPS = 20  # between looks of several ranks whether one of them was asked to stop
 
 
-class RegionNet(nn.Module):
-    """A network whose output are the logits [B, K, N] of an image's regions."""
-
-    def __init__(self, net: ImageNetwork, regions: Regions, bf16: bool) -> None:
-        super().__init__()
-        self.net, self.regions, self.bf16 = net, regions, bf16
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Float32 logits [B, K, N] of inputs [B, channels, H, W]."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            if self.regions[0] == (1,):
-                return self.net(x).logits.float()[..., None]
-            maps = self.net.with_map(x)[1]
-        return regions_of(self.net, maps, self.regions)
-
-
 class StudentRun:
     """A student in training."""
 
     def __init__(
-        self, cfg: KdConfig, folder: RunFolder, data: KdData, batches: Batches, teacher: Teacher | None, world: World
+        self,
+        cfg: KdConfig,
+        folder: RunFolder,
+        data: KdData,
+        batches: Batches,
+        teachers: Sequence[Teacher],
+        world: World,
+        heads: dict[str, Tensor] | None = None,
     ) -> None:
-        self.cfg, self.folder, self.data, self.world = cfg, folder, data, world
-        self.steps, self.total = batches.steps, cfg.epochs * batches.steps
-        self.teacher = teacher if cfg.distils else None
+        """`teachers` of a run that has some; `heads`: the state of those of HSAKD's teacher."""
+        self.cfg, self.folder, self.data, self.world, self.batches = cfg, folder, data, world, batches
+        self.total = batches.starts[cfg.epochs]
+        self.teachers = [*teachers] if cfg.distils else []
         self.regions: Regions = (cfg.regions, cfg.SDD.BINS)
-        self.loss = cfg.loss if cfg.distils else None
-        name, purpose = cfg.DISTILLER.STUDENT, "kd student"
-        net = kd_network(name, len(data.classes), data.train.channels, data.size, cfg.SEED, purpose)
-        net = net.to(world.device)
+        name, classes = cfg.DISTILLER.STUDENT, len(data.classes)
+        net = kd_network(name, classes, data.train.channels, data.size, cfg.SEED, "kd student").to(world.device)
         self.layout = torch.channels_last if cfg.SOLVER.CHANNELS_LAST else torch.contiguous_format
         net = net.to(memory_format=self.layout)
         if cfg.SOLVER.SYNC_BN and world.size > 1:
@@ -68,15 +60,18 @@ class StudentRun:
             else:
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.net: ImageNetwork = net
-        self.module: nn.Module = RegionNet(net, self.regions, cfg.SOLVER.AMP)
-        self.optimizer = torch.optim.SGD(
-            net.parameters(), cfg.SOLVER.LR, cfg.SOLVER.MOMENTUM, weight_decay=cfg.SOLVER.WEIGHT_DECAY
-        )
+        self.learner = Learner(
+            cfg, net, data.size, data.train.channels, batches.labels, classes, [t.net for t in self.teachers],
+            heads or {},
+        ).to(world.device)  # fmt: skip
+        s = cfg.SOLVER
+        self.optimizer = torch.optim.SGD(self.learner.groups(s.WEIGHT_DECAY), s.LR, s.MOMENTUM)
         self.done, self.best, self.best_epoch, self.seconds = 0, -1.0, 0, 0.0
         self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # ce, loss, hits, samples of the epoch
         self.resume()
+        self.module: nn.Module = self.learner
         if world.size > 1:
-            self.module = DistributedDataParallel(self.module, broadcast_buffers=False)
+            self.module = DistributedDataParallel(self.learner, broadcast_buffers=False)
         self.parts = shares(len(data.test), cfg.DATASET.TEST.BATCH_SIZE, world.size)[world.rank]
 
     @property
@@ -92,6 +87,11 @@ class StudentRun:
         state = load_pth(path)
         try:
             self.net.load_state_dict(state["net"])
+            self.learner.terms.load_state_dict(state["terms"])
+            if self.learner.policy:
+                self.learner.policy.load_state_dict(state["temperature"])
+            if self.batches.shrinking:
+                self.batches.shrinking.load(state["shrinking"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.done, self.best, self.best_epoch = state["done"], state["best"], state["best_epoch"]
             self.seconds = state["seconds"]
@@ -103,33 +103,33 @@ class StudentRun:
         self.folder.rewind(self.done)
         log.info(f"{self.label}: resumed after step {self.done} of {self.total}")
 
-    def step(self, x: Tensor, labels: Tensor, regions: dict[Regions, Tensor], share: float) -> None:
-        """Go down on views [B, C, H, W]: CE_WEIGHT CE + weight x warm-up x the method's loss; never waits."""
-        epoch, (ce_weight, weight) = self.done // self.steps, self.cfg.weights
-        self.net.train()
+    def step(self, batch: Batch, said: Sequence[Pass], turn: int) -> None:
+        """Go down on a batch, the `turn`-th of its epoch, with what the teachers said of it; never waits."""
+        epoch = self.batches.place(self.done)[0] + 1
+        self.module.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.cfg.rate(epoch + 1)
+            group["lr"] = self.cfg.rate(epoch)
         rank = (self.world.rank,) if self.world.rank else ()
         torch.manual_seed(stream_seed(self.cfg.SEED, "kd dropout", self.done, *rank))
-        logits = self.module(x.contiguous(memory_format=self.layout))
-        ce = F.cross_entropy(logits[:, :, 0], labels)
-        loss, extra = ce_weight * ce, torch.zeros_like(ce)
-        if self.loss:
-            extra = distillation_loss(logits, regions[self.regions], labels, self.loss)
-            loss = loss + weight * self.cfg.warm(epoch + 1) * extra
-        (share * loss).backward()  # ranks' gradients are averaged, their shares of the batch may differ
+        x = batch.x.contiguous(memory_format=self.layout)
+        loss, ce, extra, logits = self.module(x, batch, said, epoch, self.done, self.world.rank)
+        # Ranks' gradients are averaged, their shares of the batch may differ.
+        (self.batches.share(turn) * loss).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.learner.remember(self.batches.spread(turn))
         with torch.no_grad():
-            right = (logits[:, :, 0].argmax(1) == labels).sum()
-            count = len(labels)
+            right = (logits.argmax(1) == batch.labels).sum()
+            count = len(batch.labels)
             self.sums += torch.stack([ce * count, extra * count, right, torch.full_like(right, count)]).double()
+        if self.batches.shrinking:
+            self.batches.shrinking.note(batch.ids[: batch.fresh], logits[: batch.fresh].detach())
         self.done += 1
 
     def average_buffers(self) -> None:
         """Running statistics of batch norm: the mean over ranks, which is linear in every step's share."""
         if self.world.size > 1:
-            for buffer in self.net.buffers():
+            for buffer in self.learner.buffers():
                 if buffer.is_floating_point():
                     self.world.sum(buffer).div_(self.world.size)
 
@@ -155,8 +155,10 @@ class StudentRun:
 
     def end_epoch(self) -> None:
         """Read the sums, test, log, save. Raises ConfigError where the loss is no longer finite."""
-        epoch = self.done // self.steps
+        epoch = self.batches.place(self.done)[0]
         self.average_buffers()
+        if self.batches.shrinking:
+            self.batches.shrinking.end_epoch(epoch)
         ce, extra, right, count = self.world.sum(self.sums).tolist()
         self.sums.zero_()
         if not math.isfinite(ce + extra):
@@ -173,7 +175,8 @@ class StudentRun:
         self.folder.metric(
             iteration=self.done, epoch=epoch, lr=self.optimizer.param_groups[0]["lr"], train_ce=ce / count,
             train_kd=extra / count, train_top1=100 * right / count, test_top1=top1, test_top5=100 * five / tested,
-            test_nll=nll / tested, best_top1=self.best, best_epoch=self.best_epoch,
+            test_nll=nll / tested, best_top1=self.best, best_epoch=self.best_epoch, **self.learner.numbers(),
+            **({"samples": self.batches.shrinking.count(epoch - 1)} if self.batches.shrinking else {}),
         )  # fmt: skip
         log.info(
             f"{self.label}: epoch {epoch}/{self.cfg.epochs} ce {ce / count:.3f} kd {extra / count:.3f} "
@@ -190,30 +193,37 @@ class StudentRun:
     def save(self) -> None:
         """Write what the run goes on from; all ranks together."""
         self.average_buffers()
-        sums = self.world.sum(self.sums.clone())
+        sums, policy = self.world.sum(self.sums.clone()), self.learner.policy
+        shrinking = self.batches.shrinking.state() if self.batches.shrinking else {}
         if self.world.main:
             state: dict[str, Any] = {
                 "net": self.weights(), "optimizer": self.optimizer.state_dict(), "done": self.done, "best": self.best,
                 "best_epoch": self.best_epoch, "sums": sums.cpu(), "seconds": self.seconds,
+                "terms": self.learner.terms.state_dict(), "temperature": policy.state_dict() if policy else {},
+                "shrinking": shrinking,
             }  # fmt: skip
             save_pth(self.folder.folder / STATE, state)
 
 
 def train_group(
-    runs: Sequence[StudentRun], batches: Batches, teacher: Teacher | None, kept: KeptLogits | None, flag: StopFlag
+    runs: Sequence[StudentRun],
+    batches: Batches,
+    teachers: Sequence[Teacher],
+    kept: KeptLogits | None,
+    flag: StopFlag,
 ) -> dict[str, ConfigError]:
-    """Train students over the same batches on one teacher forward, every one from where it stands; those that fail.
+    """Train students over the same batches on one forward of every teacher, each from where it stands; those that fail.
 
     Raises Stopped after a signal, with every state saved.
     """
     world, failed = batches.world, dict[str, ConfigError]()
     start, total = min(run.done for run in runs), max(run.total for run in runs)
     progress = Progress("train", total, start, world.main)
-    wanted = [run.regions for run in runs if run.loss]
+    wanted = [run.regions for run in runs if run.teachers]
     current = -1
     for step in range(start, total):
         began = time.monotonic()
-        epoch, turn = divmod(step, batches.steps)
+        epoch, turn = batches.place(step)
         active = [run for run in runs if run.done == step < run.total and run.label not in failed]
         if not active:
             progress.step()
@@ -221,22 +231,22 @@ def train_group(
         if epoch != current:
             batches.begin(epoch)
             current = epoch
-        x, labels, which = batches.get(turn)
+        batch = batches.get(turn)
         if kept:
-            regions = kept.regions(batches.view, which)
+            said = [kept.see(batches.view, batch.ids)]
         else:
-            regions = teacher.regions(x, wanted) if teacher and wanted else {}
+            said = [teacher.see(batch.of_teacher, wanted) for teacher in teachers]
+        shared, ends = time.monotonic() - began, batches.ends(step)
         for run in active:
-            run.step(x, labels, regions, batches.share(turn))
-        ends = turn == batches.steps - 1
-        for run in active if ends else ():
+            began = time.monotonic()
+            run.step(batch, [seen[run.regions] for seen in said] if run.teachers else [], turn)
             try:
-                run.end_epoch()
+                if ends:
+                    run.end_epoch()
             except ConfigError as error:  # the same on every rank; the others go on
                 failed[run.label] = error
+            run.seconds += time.monotonic() - began + shared  # as if it were alone
         active = [run for run in active if run.label not in failed]
-        for run in active:
-            run.seconds += (time.monotonic() - began) / len(active)
         stop = 0
         if world.size == 1 or step % AGREE_STEPS == 0:
             stop = int(world.sum(torch.tensor(flag.number)))  # on the CPU: no device waits

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from config import ConfigError
-from kd.kd_config import KdConfig, teacher_folder
-from kd.kd_data import Batches, KdData
+from kd.kd_batches import Batches
+from kd.kd_config import LAST, KdConfig, links, run_folder, teacher_folder
+from kd.kd_data import KdData
+from kd.methods.terms import Pass
 from kd.regions import Bins, pool_matrix, region_logits
 from utils.image_networks import ImageNetwork
 from utils.kd_networks import kd_network, load_public
@@ -25,16 +27,18 @@ def teacher_file(cfg: KdConfig) -> Path:
     d = cfg.DISTILLER
     name = (d.TEACHER or "").removesuffix("_sdd")
     folder = teacher_folder(cfg, name)
-    spellings = dict.fromkeys((folder.name.removesuffix("_vanilla"), name.replace("wrn_", "wrn")))
+    short, _, phase = folder.name.rpartition("_")
+    spellings = dict.fromkeys((short, name.replace("wrn_", "wrn")))
     places = [d.TEACHER_PATH] if d.TEACHER_PATH else [
-        folder.with_name(f"{n}_vanilla") / file
+        folder.with_name(f"{n}_{phase}") / file
         for n in spellings
         for file in (f"{n}.safetensors", f"{n}_best.pth", "ckpt_epoch_240.pth", f"{n}.pth")
     ]  # fmt: skip
     for place in places:
         if place.is_file():
             return place
-    train = f"DISTILLER.TYPE NONE DISTILLER.STUDENT {name} EXPERIMENT.SAVE_AS_TEACHER true"
+    alone = "HSAKD_TEACHER" if phase == "hsakd" else "NONE"
+    train = f"DISTILLER.TYPE {alone} DISTILLER.STUDENT {name} EXPERIMENT.SAVE_AS_TEACHER true"
     fetch = {
         "cifar100": "fetch it with bash scripts/fetch_pretrained_teachers.sh",
         "cub200": f"put {name}_best.pth there",
@@ -43,6 +47,13 @@ def teacher_file(cfg: KdConfig) -> Path:
         f"{d.TEACHER_PATH or folder}: no teacher {name} there: train it (kd/train.py, the same config and {train}), "
         f"or {fetch}"
     )
+
+
+def teacher_files(cfg: KdConfig) -> list[tuple[str, Path]]:
+    """(network, file) of those that teach a run, large first: TEACHER and the assistants, or the last. ConfigError."""
+    found = [(cfg.DISTILLER.TEACHER or "", teacher_file(cfg))]
+    found += [(link.DISTILLER.STUDENT, run_folder(link) / LAST) for link in links(cfg)[:-1]]
+    return found if cfg.ASSISTANTS.DENSE else found[-1:]
 
 
 def regions_of(net: ImageNetwork, maps: Tensor, key: Regions) -> Tensor:
@@ -62,28 +73,28 @@ def sha256(path: Path) -> str:
 class Teacher:
     """A network that only looks on: a plain module in evaluation mode, without gradients."""
 
-    def __init__(self, cfg: KdConfig, data: KdData, path: Path, device: torch.device) -> None:
-        """Raises ConfigError for another network's file."""
-        name = cfg.DISTILLER.TEACHER or ""
+    def __init__(self, name: str, path: Path, data: KdData, bf16: bool, device: torch.device) -> None:
+        """The network of that name with the weights of a file. Raises ConfigError for another network's file."""
         self.net: ImageNetwork = kd_network(name, len(data.classes), data.train.channels, data.size, 0, "kd teacher")
         load_public(name, path, self.net)
         self.net.requires_grad_(False).eval()
         if type(self.net) is ImageNetwork:  # of whose blocks all can be traced; frozen norms become weights
             self.net.blocks = nn.ModuleList(fuse(block) for block in self.net.blocks)
         self.net.to(device).to(memory_format=torch.channels_last)
-        self.device, self.bf16 = device, cfg.KD.TEACHER_DTYPE == "bfloat16"
+        self.device, self.bf16 = device, bf16
 
     @torch.no_grad()
-    def maps(self, x: Tensor) -> Tensor:
-        """The last map [B, C, H, W] of inputs [B, channels, size, size], in float32."""
+    def maps(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The map [B, C, H, W] after every block, of inputs [B, channels, size, size], in float32."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.net.with_map(x.contiguous(memory_format=torch.channels_last))[1].float()
+            return tuple(m.float() for m in self.net.layers(x.contiguous(memory_format=torch.channels_last)))
 
     @torch.no_grad()
-    def regions(self, x: Tensor, wanted: Iterable[Regions]) -> dict[Regions, Tensor]:
-        """Logits [B, K, N] of inputs for every set of regions, from one forward."""
+    def see(self, x: Tensor, wanted: Iterable[Regions]) -> dict[Regions, Pass]:
+        """A pass of inputs for every set of regions, from one forward."""
         maps = self.maps(x)
-        return {key: regions_of(self.net, maps, key) for key in set(wanted)}
+        rows = self.net.join(maps[-1]).float()
+        return {key: Pass(regions_of(self.net, maps[-1], key), rows, maps) for key in set(wanted)}
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -120,16 +131,16 @@ class KeptLogits:
         for view in range(views):
             batches.begin(view)
             for which in torch.arange(count, device=teacher.device).split(max(batches.batch, 256)):
-                found = teacher.regions(batches.input(which), [kept])[kept]
+                found = teacher.see(batches.input(which), [kept])[kept].regions
                 if self.kept is None:
                     self.kept = found.new_empty((views, count, *found.shape[1:]), dtype=torch.float16)
                 self.kept[view, which] = found.half()
                 progress.step(len(which))
         progress.close()
 
-    def regions(self, view: int, which: Tensor) -> dict[Regions, Tensor]:
-        """Logits [B, K, N] of a view of samples [B] for every set of regions."""
+    def see(self, view: int, which: Tensor) -> dict[Regions, Pass]:
+        """A pass, of which only logits are known, of a view of samples [B] for every set of regions."""
         if self.kept is None:
             raise ValueError("KeptLogits: no views")
         found = self.kept[view, which].float()
-        return {key: found @ rule.T for key, rule in self.rules.items()}
+        return {key: Pass(found @ rule.T, found[:, 0, :0]) for key, rule in self.rules.items()}

@@ -14,14 +14,19 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
+import torch
+
 from config import CommandLine, ConfigError, Resolved, flatten, nested
-from kd.closing import finish, teacher_logits
-from kd.kd_config import OF_TEACHER, OPTIONS, SHARED, KdConfig, run_folder
-from kd.kd_data import Batches, load_kd_data
+from kd.closing import finish_all, rows_of
+from kd.kd_batches import Batches
+from kd.kd_config import HEADS, OF_TEACHER, OPTIONS, SHARED, KdConfig, links, run_folder, run_name
+from kd.kd_data import load_kd_data
 from kd.losses import suggested_temperature
+from kd.methods.contrast import bags
 from kd.scoring import result_table
 from kd.student_run import StudentRun, train_group
-from kd.teacher import KeptLogits, Teacher, sha256, teacher_file
+from kd.teacher import KeptLogits, Teacher, sha256, teacher_files
+from utils.checkpoint import load_tensors
 from utils.ddp import World
 from utils.dry_run import print_values
 from utils.init_script import init_script
@@ -38,6 +43,11 @@ def check_group(configs: list[KdConfig]) -> None:
             for (key, value), other in zip(flatten(cfg).items(), flatten(those[0]).values(), strict=True):
                 if key.startswith(prefixes) and value != other:
                     raise ConfigError(f"{key}: {other} and {value} in one group; run them apart, or give both the same")
+    apart = [cfg for cfg in configs if cfg.apart]
+    if apart and len(configs) > 1:
+        raise ConfigError(
+            f"{run_name(apart[0])}: its batches or teachers are its own, so it cannot share a group; run it apart"
+        )
     folders = [run_folder(cfg) for cfg in configs]
     twice = [folder for folder in folders if folders.count(folder) > 1]
     if twice:
@@ -46,7 +56,7 @@ def check_group(configs: list[KdConfig]) -> None:
 
 def hint(cfg: KdConfig, classes: int) -> str:
     """A line where the temperature looks wrong for standardised logits of so many classes, else nothing."""
-    if not cfg.distils or not cfg.standardise:
+    if not cfg.standardise:
         return ""
     key = {"kd": "KD.TEMPERATURE", "dkd": "DKD.T", "nkd": "NKD.T"}[cfg.base_loss]
     given, suggested = cfg.loss.temperature, suggested_temperature(classes)
@@ -59,7 +69,7 @@ def hint(cfg: KdConfig, classes: int) -> str:
 
 
 def train(every: list[Resolved[KdConfig]], command: CommandLine) -> None:
-    """All runs of the command line."""
+    """All runs of the command line, those of their assistants before them."""
     configs = [resolved.config for resolved in every]
     check_group(configs)
     if command.dry_run:
@@ -68,38 +78,41 @@ def train(every: list[Resolved[KdConfig]], command: CommandLine) -> None:
         return
     first = configs[0]
     with init_script(command.gpu, first.tf32, first.SEED, any(c.debug for c in configs)) as world, stop_flag() as flag:
-        folders = [RunFolder(run_folder(cfg), nested(cfg), world, command.overwrite) for cfg in configs]
-        left = [(c, f) for c, f in zip(configs, folders, strict=True) if not f.said_finished()]
-        if left:
-            train_left(left, world, flag)
+        for group in [[link] for link in links(first)[:-1]] + [configs]:
+            folders = [RunFolder(run_folder(cfg), nested(cfg), world, command.overwrite) for cfg in group]
+            left = [(c, f) for c, f in zip(group, folders, strict=True) if not f.said_finished()]
+            if left:
+                train_left(left, world, flag)
 
 
 def train_left(left: list[tuple[KdConfig, RunFolder]], world: World, flag: StopFlag) -> None:
     """Train the runs that are not finished."""
-    distilling = [cfg for cfg, _ in left if cfg.distils]
-    path = teacher_file(distilling[0]) if distilling else None  # before the data, which may take long
-    first = left[0][0]
+    first = next((cfg for cfg, _ in left if cfg.distils), left[0][0])
+    files = teacher_files(first) if first.distils else []  # before the data, which may take long
     data = load_kd_data(first.DATASET)
     origin = {"images": data.fingerprint}
-    teacher = None
-    if path:
-        teacher = Teacher(distilling[0], data, path, world.device)
-        origin_of_teacher = {"teacher": sha256(path)}
-        log.info(f"teacher: {path} (sha256 {origin_of_teacher['teacher']})")
+    said = {f"teacher {name}" if number else "teacher": sha256(path) for number, (name, path) in enumerate(files)}
+    bf16 = first.KD.TEACHER_DTYPE == "bfloat16"
+    teachers = [Teacher(name, path, data, bf16, world.device) for name, path in files]
+    for (_, path), digest in zip(files, said.values(), strict=True):
+        log.info(f"teacher: {path} (sha256 {digest})")
+    heads = load_tensors(files[0][1].with_name(HEADS)) if first.views == "turned" and files else {}
     batches = Batches(data, first, world)
+    if first.views == "bags":
+        rows = rows_of(teachers[0].net, data, data.train, torch.arange(len(data.train)), first, world)
+        batches.neighbours = bags(world.broadcast(rows), first.BINGO.BAG)
     runs = []
     for cfg, folder in left:
         if world.main:
             remedy = "start again with --overwrite, or name the teacher it was begun with as DISTILLER.TEACHER_PATH"
-            claim(folder.folder, origin | (origin_of_teacher if cfg.distils and path else {}), remedy)
+            claim(folder.folder, origin | (said if cfg.distils else {}), remedy)
         if line := hint(cfg, len(data.classes)):
             log.info(line)
-        runs.append(StudentRun(cfg, folder, data, batches, teacher, world))
-    wanted = [run.regions for run in runs if run.loss]
-    kept = KeptLogits(teacher, batches, wanted, world.main) if teacher and first.KD.CACHE_VIEWS else None
-    failed = train_group(runs, batches, teacher, kept, flag)
-    said = teacher_logits(teacher, runs[0]) if teacher else None
-    results = [(run.label, finish(run, said)) for run in runs if run.label not in failed]
+        runs.append(StudentRun(cfg, folder, data, batches, teachers, world, heads))
+    wanted = [run.regions for run in runs if run.teachers]
+    kept = KeptLogits(teachers[0], batches, wanted, world.main) if teachers and first.KD.CACHE_VIEWS else None
+    failed = train_group(runs, batches, teachers, kept, flag)
+    results = finish_all([run for run in runs if run.label not in failed], teachers)
     if world.main and results:
         print(plain_table(result_table(results)))
     if failed:

@@ -4,7 +4,7 @@
 
 The plain step: teacher in float32 and NCHW, adaptive pooling to 4 x 4 and from there to 2 x 2 and 1, the classifier on
 every region and once more on the mean, masks filled sample after sample, checks and scores read on the host, gradients
-clipped, SGD. Ours is the trainer's, from the shipped file with SOLVER.CHANNELS_LAST. Both have the same weights, views,
+clipped, SGD. Ours is the trainer's, from the shipped file. Both have the same weights, views,
 threads and allocator (ours, or glibc's if MALLOC_PERTURB_=0 is set); making views is in neither. First, losses and
 steps are compared in float64, where ours takes COMPAT sdd_kd_lskd
 and the plain side clips nothing. Then the teacher folded and not, waits for the
@@ -34,9 +34,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import add_args_from_yaml
+from kd.kd_batches import Batches
 from kd.kd_config import KdConfig
-from kd.kd_data import Batches, KdData
+from kd.kd_data import KdData
 from kd.losses import distillation_loss
+from kd.methods.terms import Pass
 from kd.student_run import StudentRun
 from kd.teacher import KeptLogits, Teacher, regions_of
 from scripts.versus import seconds
@@ -82,27 +84,31 @@ class Ours:
         save_tensors(folder / "teacher.safetensors", dict(self.original.state_dict()))
         self.original = self.original.to(world.device).eval()
         words = (f"DISTILLER.TEACHER={s.teacher}", f"DISTILLER.STUDENT={s.student}", f"SOLVER.BATCH_SIZE={s.batch}")
-        cfg = add_args_from_yaml(KdConfig, FILE, (*words, "SOLVER.CHANNELS_LAST=true", *overrides), REPOSITORY).config
+        cfg = add_args_from_yaml(KdConfig, FILE, (*words, *overrides), REPOSITORY).config
         batches = Batches(data, cfg, world)
-        self.teacher = Teacher(cfg, data, folder / "teacher.safetensors", world.device)
+        bf16 = cfg.KD.TEACHER_DTYPE == "bfloat16"
+        self.teacher = Teacher(s.teacher, folder / "teacher.safetensors", data, bf16, world.device)
         place = RunFolder(Path(tempfile.mkdtemp(dir=folder)), {}, world)
-        self.run = StudentRun(cfg, place, data, batches, self.teacher, world)
+        self.run = StudentRun(cfg, place, data, batches, [self.teacher], world)
         place.end_log()
         keep = cfg.KD.CACHE_VIEWS > 0
         self.kept = KeptLogits(self.teacher, batches, [self.run.regions], shown=False) if keep else None
         batches.begin(0)
-        self.x, self.labels, self.which = batches.get(0)
+        self.batch = batches.get(0)
+        self.x, self.labels = self.batch.x, self.batch.labels
 
     def step(self) -> None:
         """One step of the trainer."""
-        kept, wanted = self.kept, [self.run.regions]
-        regions = kept.regions(0, self.which) if kept else self.teacher.regions(self.x, wanted)
-        self.run.step(self.x, self.labels, regions, 1.0)
+        kept, key = self.kept, self.run.regions
+        said = kept.see(0, self.batch.ids) if kept else self.teacher.see(self.x, [key])
+        self.run.step(self.batch, [said[key]], 0)
 
     def maps(self) -> tuple[Tensor, Tensor]:
         """Last maps of teacher and student."""
         with torch.no_grad():
-            return self.teacher.maps(self.x), self.run.net.layers(self.x.contiguous(memory_format=self.run.layout))[-1]
+            return self.teacher.maps(self.x)[-1], self.run.net.layers(self.x.contiguous(memory_format=self.run.layout))[
+                -1
+            ]
 
     def head_and_loss(self, of_teacher: Tensor, of_student: Tensor) -> None:
         """What follows the last maps, and back to them."""
@@ -194,11 +200,13 @@ def compare(world: World, folder: Path) -> float:
     teacher, run = ours.teacher.net.double(), ours.run
     run.net.double()
     ours.x = ours.x.double()
+    ours.batch = ours.batch._replace(x=ours.x)
     plain, before = Plain(ours, teacher, math.inf), [p.detach().clone() for p in run.net.parameters()]
-    with torch.no_grad():  # Teacher.regions has float32
-        regions = regions_of(teacher, teacher.layers(ours.x)[-1], run.regions)
-    run.step(ours.x, ours.labels, {run.regions: regions}, 1.0)
-    losses = zip(plain.step(), (run.sums[:2] / run.sums[3]).tolist(), strict=True)
+    with torch.no_grad():  # Teacher.see has float32
+        said = Pass(regions_of(teacher, teacher.layers(ours.x)[-1], run.regions), ours.x[:, 0, 0])
+    run.step(ours.batch, [said], 0)
+    ce, extra, _, count = run.sums.tolist()
+    losses = zip(plain.step(), (ce / count, extra / count / run.cfg.weights[1]), strict=True)
     loss_apart = max(abs(a - b) / abs(a) for a, b in losses)
     ends = zip(plain.student.parameters(), run.net.parameters(), before, strict=True)
     with torch.no_grad():
@@ -283,7 +291,7 @@ def measure(world: World, folder: Path, rounds: int) -> int:
     plain = Plain(ours, ours.original)
     with torch.no_grad():
         maps = ours.original.layers(ours.x)[-1]
-        apart = float((ours.teacher.maps(ours.x) - maps).norm() / maps.norm())
+        apart = float((ours.teacher.maps(ours.x)[-1] - maps).norm() / maps.norm())
     print(f"teacher with folded norms, channels last: relative difference of the last map {apart:.1e}")
     print("waits for the device in a step: " + ", ".join(f"{k} {v}" for k, v in waits(world, folder).items()))
     if apart > 1e-4:
@@ -312,9 +320,9 @@ def measure(world: World, folder: Path, rounds: int) -> int:
             member.step()
 
     def together() -> None:
-        regions = ours.teacher.regions(ours.x, [member.run.regions for member in group])
+        said = ours.teacher.see(ours.x, [member.run.regions for member in group])
         for member in group:
-            member.run.step(ours.x, ours.labels, regions, 1.0)
+            member.run.step(ours.batch, [said[member.run.regions]], 0)
 
     ratios("three students", {
         "apart": (apart_from_each_other, ""),

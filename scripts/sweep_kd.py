@@ -46,6 +46,8 @@ class Planned:
     @property
     def group(self) -> str:
         """The same for runs that can go side by side."""
+        if self.cfg.apart:
+            return str(self.result)
         keys = (*SHARED, *OF_TEACHER) if self.cfg.distils else SHARED
         return json.dumps({key: str(value) for key, value in flatten(self.cfg).items() if key.startswith(keys)})
 

@@ -29,6 +29,7 @@ from kd.methods.contrast import (
     UnitEmbedding,
     bags,
     bingo_loss,
+    class_gaps,
     crd_loss,
     crd_memory,
     crd_negatives,
@@ -47,7 +48,6 @@ from kd.methods.temperature import (
     GradientReversalFunction,
     InstanceTemperature,
     curriculum,
-    tempered_kl,
 )
 from utils.losses import kl_rows
 
@@ -80,18 +80,18 @@ def test_memory_begins_with_unit_second_moments() -> None:
 
 def test_negatives_are_of_all_other_classes_and_none_else() -> None:
     labels = torch.tensor([2, 0, 1, 2, 1, 0, 0, 2])
-    drawn = crd_negatives(labels, torch.tensor([0, 1, 2]), 4000, gen())
+    drawn = crd_negatives(class_gaps(labels), labels[:3], 4000, gen())
     for row, own in zip(drawn, (2, 0, 1), strict=True):
         others = [i for i in range(8) if labels[i] != own]
         counts = row.bincount(minlength=8)
         assert counts[labels == own].sum() == 0
         torch.testing.assert_close(counts[others] / 4000, torch.full((len(others),), 1 / len(others)), rtol=0.1, atol=0)
-    assert drawn.equal(crd_negatives(labels, torch.tensor([0, 1, 2]), 4000, gen()))
+    assert drawn.equal(crd_negatives(class_gaps(labels), labels[:3], 4000, gen()))
 
 
 def test_one_class_has_no_negatives() -> None:
     with pytest.raises(ConfigError, match="one class"):
-        crd_negatives(torch.zeros(4, dtype=torch.long), torch.tensor([1]), 2, gen())
+        class_gaps(torch.zeros(4, dtype=torch.long))
 
 
 def test_crd_is_noise_contrastive_estimation() -> None:
@@ -219,7 +219,7 @@ def test_temperature_moves_against_the_student() -> None:
         optimizer = torch.optim.SGD(net.parameters(), 0.05)
         values = []
         for _ in range(30):
-            loss = tempered_kl(s, t, net(s, t, 1.0)).mean()
+            loss = kl_rows(s, t, net(s, t, 1.0)[:, None]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -230,7 +230,7 @@ def test_temperature_moves_against_the_student() -> None:
 
 def test_temperature_stands_still_at_lambda_zero() -> None:
     net = GlobalTemperature()
-    tempered_kl(draw(B, K), draw(B, K, seed=1), net(draw(B, K), draw(B, K), 0.0)).mean().backward()
+    kl_rows(draw(B, K), draw(B, K, seed=1), net(draw(B, K), draw(B, K), 0.0)[:, None]).mean().backward()
     assert net.raw.grad is not None
     assert net.raw.grad.abs().max() == 0
 
@@ -239,7 +239,7 @@ def test_students_gradient_does_not_pass_the_temperature() -> None:
     s, t = draw(B, K).float().requires_grad_(), draw(B, K, seed=1).float()
     net = InstanceTemperature(K)
     torch.nn.init.normal_(list(net.parameters())[2], generator=gen())
-    tempered_kl(s, t, net(s, t, 1.0)).sum().backward()
+    kl_rows(s, t, net(s, t, 1.0)[:, None]).sum().backward()
     fixed = net(s, t, 1.0).detach()
     assert s.grad is not None
     torch.testing.assert_close(
@@ -247,17 +247,17 @@ def test_students_gradient_does_not_pass_the_temperature() -> None:
     )
 
 
-def test_tempered_kl_is_kl_at_every_rows_temperature() -> None:
+def test_kl_with_learned_temperatures_is_kl_at_every_rows_temperature() -> None:
     s, t, temperature = draw(B, K), draw(B, K, seed=1), 1 + draw(B, seed=2).exp()
     expected = torch.stack([kl_rows(s[i], t[i], float(temperature[i])) for i in range(B)])
-    torch.testing.assert_close(tempered_kl(s, t, temperature), expected)
+    torch.testing.assert_close(kl_rows(s, t, temperature[:, None]), expected)
 
 
-def test_tempered_kl_rises_to_its_limit() -> None:
+def test_kl_times_squared_temperature_rises_to_its_limit() -> None:
     s, t = draw(B, K), draw(B, K, seed=1)
     gap = (t - t.mean(1, keepdim=True)) - (s - s.mean(1, keepdim=True))
     limit = gap.square().sum(1) / (2 * K)
-    torch.testing.assert_close(tempered_kl(s, t, torch.tensor([1e4], dtype=torch.float64)), limit, rtol=1e-3, atol=0)
+    torch.testing.assert_close(kl_rows(s, t, torch.tensor([[1e4]], dtype=torch.float64)), limit, rtol=1e-3, atol=0)
 
 
 def test_curriculum_is_half_a_cosine() -> None:

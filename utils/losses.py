@@ -28,10 +28,18 @@ def widened(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of every row: logits [..., K] -> [...] (Hinton 2015)."""
+def squared(temperature: float | Tensor) -> float | Tensor:
+    """T^2 of a number, or of [..., 1] beside logits [..., K] as [...] beside their rows."""
+    return temperature.square().squeeze(-1) if isinstance(temperature, Tensor) else temperature**2
+
+
+def kl_rows(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of every row: logits [..., K] -> [...] (Hinton 2015).
+
+    T: a number, or [..., 1], which may have a gradient.
+    """
     log_s, log_t = ((widened(z) * (1 / temperature)).log_softmax(-1) for z in (student, teacher))
-    return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(-1)
+    return squared(temperature) * (log_t.exp() * (log_t - log_s)).sum(-1)
 
 
 def cross_entropy_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -51,6 +51,7 @@ class BasicDistillation(Loop):
         adaptor_S: Adaptor,
     ) -> None:
         super().__init__(train_config, model_S, {"model_T": model_T})
+        DistillationConfig.require(distill_config, "distill_config")
         if not self.takes_matches:
             refuse_matches(distill_config, type(self).__name__)
         self.distill_config, self.model_T, self.model_S = distill_config, model_T, model_S

@@ -26,7 +26,7 @@ from kd.distilltool.report import start_report, term_table
 from kd.distilltool.settings import TrainingConfig
 from kd.distilltool.step_log import StepLog
 from kd.distilltool.terms import Term, total
-from utils.checkpoint import load_pth, save_pth
+from utils.checkpoint import keep_state, last_state, save_pth
 from utils.ddp import World
 from utils.progress import Progress
 
@@ -53,6 +53,7 @@ class Loop(ABC):
     """Trains `model` on the terms of its batches. A context: inside it teachers evaluate and the model trains."""
 
     def __init__(self, train_config: TrainingConfig, model: nn.Module, teachers: Mapping[str, nn.Module]) -> None:
+        TrainingConfig.require(train_config, "train_config")
         self.train_config, self.trained, self.teachers = train_config, model, dict(teachers)
         self.device = choose_device(train_config.device)
         self.extra: list[tuple[nn.Module, Mapping[str, Any] | None]] = []  # trained too: options of their groups
@@ -138,8 +139,9 @@ class Loop(ABC):
         cfg, group_size = self.train_config, self.train_config.gradient_accumulation_steps
         if dataloader is None:
             raise ConfigError("dataloader: none given; pass an iterable of batches")
-        if (epochs is None) == (num_steps is None) or (epochs or num_steps or 0) < 1:
-            raise ConfigError(f"num_epochs: {epochs}, num_steps: {num_steps}: give one of them, at least 1")
+        wanted = epochs if num_steps is None else num_steps
+        if (epochs is None) == (num_steps is None) or not isinstance(wanted, int) or wanted < 1:
+            raise ConfigError(f"num_epochs: {epochs}, num_steps: {num_steps}: give one of them, a whole number from 1")
         count = self.count(dataloader)
         if num_steps is None and count is None:
             raise ConfigError("dataloader: its length is not known, so num_epochs means nothing; give num_steps")
@@ -156,13 +158,14 @@ class Loop(ABC):
         scheduler = self.attach(optimizer, scheduler, world)
         scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "float16")
         parts_of_state = {
-            "student": unwrapped(self.trained), "extra": nn.ModuleList(module for module, _ in self.extra),
+            "student": unwrapped(self.trained), "projections": nn.ModuleList(m for m, _ in self.extra),
             "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler,
         }  # fmt: skip
         generators, folder = self.generators(dataloader), Path(cfg.output_dir)
         done, kept = 0, None
-        if cfg.resume and (folder / RESUME).exists():
+        if cfg.resume:
             kept = self.restore(folder / RESUME, steps, world.size if world else 1, parts_of_state)
+        if kept:
             done = kept["step"]
         progress = Progress("training", steps * (epochs or 1), done, main)
         step_log = StepLog(Path(cfg.log_dir) if cfg.log_dir and main else None, done)
@@ -265,6 +268,8 @@ class Loop(ABC):
         """Projections to the device and, once, to the optimizer; the scheduler, made if it is a function."""
         made = scheduler if callable(scheduler) and not hasattr(scheduler, "step") else None
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in known for p in self.trained.parameters()):
+            raise ConfigError("optimizer: has no parameter of the trained model; make it from model_S.parameters()")
         for module, options in self.extra:
             module.to(self.device)
             for parameter in module.parameters():
@@ -303,11 +308,14 @@ class Loop(ABC):
         state = {name: part.state_dict() for name, part in parts_of_state.items() if part is not None}
         save_pth(folder / f"gs{step}.pkl", state["student"])
         here, there = ([pair[i] for pair in all_random] for i in (0, 1))
-        save_pth(folder / RESUME, state | {"step": step, "steps": steps, "random": here, "epoch_random": there})
+        state |= {"kinds": kinds(parts_of_state), "step": step, "steps": steps}
+        keep_state(folder / RESUME, state | {"random": here, "epoch_random": there})
 
     def restore(self, path: Path, steps: int, ranks: int, parts_of_state: Mapping[str, Any]) -> Any:
-        """Load resume.pt. Raises ConfigError where it is of another plan."""
-        kept = load_pth(path)
+        """Load resume.pt, None where there is none. Raises ConfigError where it is of another plan."""
+        kept = last_state(path)
+        if kept is None:
+            return None
         if kept["steps"] != steps:
             raise ConfigError(
                 f"{path}: epochs of {kept['steps']} steps, here {steps}: keep data, batch size and accumulation, or "
@@ -317,11 +325,16 @@ class Loop(ABC):
             raise ConfigError(
                 f"{path}: of {len(kept['random'])} ranks, here {ranks}: start as many, or set resume=False"
             )
+        for name, kind in kinds(parts_of_state).items():
+            if kind != (was := kept["kinds"][name]):
+                raise ConfigError(f"{path}: {name} was {was}, here {kind}: keep it, or set resume=False")
         for name, part in parts_of_state.items():
-            if part is not None:
-                if name not in kept:
-                    raise ConfigError(f"{path}: was saved without a {name}: train without one, or set resume=False")
-                part.load_state_dict(kept[name])
+            try:
+                if part is not None:
+                    part.load_state_dict(kept[name])
+            except (RuntimeError, ValueError) as error:  # of other shapes, or of other matches' projections
+                said = " ".join(str(error).split())
+                raise ConfigError(f"{path}: {name} does not fit ({said}): keep it, or set resume=False") from error
         log.info(f"{path}: goes on after step {kept['step']}")
         return kept
 
@@ -351,6 +364,11 @@ class Loop(ABC):
         found = self.outputs(model, own, args, learns)
         with torch.set_grad_enabled(learns):
             return read(adaptor(own, found), who, wanted)
+
+
+def kinds(parts_of_state: Mapping[str, Any]) -> dict[str, str]:
+    """What optimizer and scheduler are: their states say it only by what they lack."""
+    return {name: type(parts_of_state[name]).__name__ for name in ("optimizer", "scheduler")}
 
 
 def rate(optimizer: Optimizer) -> float:

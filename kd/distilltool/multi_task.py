@@ -46,6 +46,7 @@ class MultiTaskDistillation(Loop):
         seed: int = 0,
     ) -> None:
         """Raises ConfigError where the dicts are of different tasks."""
+        DistillationConfig.require(distill_config, "distill_config")
         refuse_matches(distill_config, "MultiTaskDistillation")
         require_tasks(model_T, {"adaptor_T": adaptor_T, "adaptor_S": adaptor_S})
         super().__init__(train_config, model_S, {f"model_T[{task!r}]": model for task, model in model_T.items()})

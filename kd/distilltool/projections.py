@@ -8,6 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
+from config import ConfigError
+from config.schema import nearest
 from utils.streams import stream_seed
 
 PER_GROUP = ("base_lrs", "max_lrs", "_last_lr", "lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
@@ -38,8 +40,13 @@ def attach_group(
     """Add a group of parameters under `options` or the optimizer's defaults, on the schedule of its first group.
 
     Where the schedule sets the rates (CyclicLR, OneCycleLR), the group's are the first one's times lr / default lr.
+    Raises ConfigError for an option that the optimizer does not have.
     """
     options, first = options or {}, optimizer.param_groups[0]
+    known = optimizer.defaults
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"proj: {key!r} is no option of {type(optimizer).__name__}{nearest(key, known)}")
     optimizer.add_param_group({"params": list(params), **options})
     if scheduler is None:
         return

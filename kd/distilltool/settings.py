@@ -20,6 +20,13 @@ class Readable(PythonSection):
     """A configuration that is read from plain values; all problems are ConfigErrors of one line each."""
 
     @classmethod
+    def require(cls, given: object, name: str) -> None:
+        """Raise ConfigError unless argument `name` is one of these."""
+        if not isinstance(given, cls):
+            kind = cls.__name__
+            raise ConfigError(f"{name}: {type(given).__name__}, not a {kind}; {kind}.from_dict makes one")
+
+    @classmethod
     def from_dict(cls, dict_object: Mapping[str, Any]) -> Self:
         """From a mapping, which is left as it is."""
         return cls(**dict_object)

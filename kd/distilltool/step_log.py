@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from config import ConfigError
 from utils.run_folder import tensorboard_writer
 
 FLUSH = 50  # steps that are written at once: each write waits for the device
@@ -21,7 +22,10 @@ class StepLog:
         self.folder, self.kept = folder, list[tuple[int, dict[str, Tensor], float]]()
         self.writer: Any = False
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"log_dir: {folder}: {error.strerror}: name a folder, or None for no log") from error
             self.writer = tensorboard_writer(folder)
             if start and (path := folder / "metrics.jsonl").exists():
                 lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]

@@ -42,16 +42,18 @@ def custom_match(given: Any, model_T: nn.Module, model_S: nn.Module) -> CustomMa
     for key in KEYS[:4]:
         if key not in given:
             raise ConfigError(f"custom_matches: {key}: required, and not given")
-    loss, proj = given["loss"], given.get("proj")
+    loss, weight, proj = given["loss"], given["weight"], given.get("proj")
+    if not isinstance(weight, int | float):
+        raise ConfigError(f"custom_matches: weight: {weight!r} is not a number")
     own = callable(loss)
     name = getattr(loss, "__name__", type(loss).__name__) if own else resolve("match loss", str(loss), MATCH_LOSS_MAP)
     if proj is not None and not isinstance(proj, nn.Module):
-        proj = checked_proj(tuple(proj))
+        proj = checked_proj(tuple(proj) if isinstance(proj, list | tuple) else (proj,))
     modules_T, names_T = inner(given["module_T"], model_T, "module_T")
     modules_S, names_S = inner(given["module_S"], model_S, "module_S")
     return CustomMatch(
         f"{name} {names_T}>{names_S}", modules_T, modules_S, loss if own else MATCH_LOSS_MAP[name], own,
-        float(given["weight"]), proj, given.get("select"),
+        float(weight), proj, given.get("select"),
     )  # fmt: skip
 
 

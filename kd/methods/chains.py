@@ -8,16 +8,15 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from config import Section
-from utils.losses import kl_rows
+from utils.losses import kl_rows, masked_mean
 
 
 class Assistants(Section):
-    """Networks between teacher and student, large first; all train with KD's weights."""
+    """Networks between teacher and student, large first; all train with the run's method and schedule."""
 
     NETWORKS: tuple[str, ...] = ()
     DENSE: bool = True  # every larger network teaches (DGKD), else only the next larger (TAKD)
     DROP: int = Field(1, ge=0)  # teachers left out at random in a step, never all
-    TEMPERATURE: float = Field(5.0, gt=0)
 
 
 class Dlb(Section):
@@ -54,6 +53,9 @@ class LastBatch(NamedTuple):
     logits: Tensor
 
 
-def last_batch_loss(logits: Tensor, last: Tensor, temperature: float = 3.0) -> Tensor:
-    """T^2 KL of a new view's logits [B, K] to those of one step before, detached: [] (Shen et al., CVPR 2022)."""
-    return kl_rows(logits, last.detach(), temperature).mean()
+def last_batch_loss(logits: Tensor, last: Tensor, temperature: float = 3.0, known: Tensor | None = None) -> Tensor:
+    """T^2 KL of a new view's logits [B, K] to those of one step before, detached: [] (Shen et al., CVPR 2022).
+
+    `known` [B]: which rows have such logits.
+    """
+    return masked_mean(kl_rows(logits, last.detach(), temperature), known)

@@ -28,7 +28,6 @@ class Bingo(Section):
 
     BAG: int = Field(5, ge=1)  # the nearest images under the teacher
     QUEUE: int = Field(65536, ge=1)  # teacher keys; 4096 is enough for CIFAR
-    WIDTH: int = Field(128, ge=1)
     TEMPERATURE: float = Field(0.2, gt=0)
     INTRA: float = Field(1.0, ge=0)  # two views of an image
     INTER: float = Field(1.0, ge=0)  # an image and one of its bag
@@ -62,19 +61,28 @@ def crd_memory(samples: int, width: int, gen: Generator) -> CrdMemory:
     return CrdMemory(student, teacher, torch.zeros(2, device=gen.device))
 
 
-def crd_negatives(labels: Tensor, ids: Tensor, count: int, gen: Generator) -> Tensor:
-    """Ids [B, count] of samples of other classes than those of samples `ids` [B], uniform with replacement.
+class ClassGaps(NamedTuple):
+    """Sample ids [N] in the order of their classes; first place and size [K] of every class in it."""
 
-    `labels` [N] of all samples. ConfigError: one class only. In the order of labels, a class is a gap to step over.
-    """
-    order = labels.argsort(stable=True)
-    sizes = labels.bincount()
-    size, first = (x[labels[ids]][:, None] for x in (sizes, sizes.cumsum(0) - sizes))
-    if len(labels) == int(sizes.max()):
+    order: Tensor
+    first: Tensor
+    size: Tensor
+
+
+def class_gaps(labels: Tensor) -> ClassGaps:
+    """Of labels [N]. ConfigError: one class only."""
+    size = labels.bincount()
+    if len(labels) == int(size.max()):
         raise ConfigError("CRD: all samples are of one class, so there are no negatives; take another method")
-    draws = torch.rand(len(ids), count, generator=gen, device=gen.device, dtype=torch.float64)
-    place = (draws * (len(labels) - size)).long()
-    return order[torch.where(place >= first, place + size, place)]
+    return ClassGaps(labels.argsort(stable=True), size.cumsum(0) - size, size)
+
+
+def crd_negatives(gaps: ClassGaps, labels: Tensor, count: int, gen: Generator) -> Tensor:
+    """Ids [B, count] of samples of other classes than `labels` [B], uniform with replacement."""
+    size, first = (x[labels][:, None] for x in (gaps.size, gaps.first))
+    draws = torch.rand(len(labels), count, generator=gen, device=gen.device, dtype=torch.float64).to(labels.device)
+    place = (draws * (len(gaps.order) - size)).long()
+    return gaps.order[torch.where(place >= first, place + size, place)]
 
 
 def crd_loss(

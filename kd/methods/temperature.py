@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from config import Section
-from utils.losses import kl_rows, widened
 
 PUBLISHED_START = 1 + 20 / (1 + math.exp(-1))  # 15.62: the parameter starts at 1
 
@@ -99,9 +98,3 @@ class InstanceTemperature(nn.Module):
 def curriculum(epoch: int, epochs: int, end: float = 1.0) -> float:
     """lambda of an epoch, the first being 1: end (1 - cos(pi min(epoch / epochs, 1))) / 2."""
     return end * (1 - math.cos(math.pi * min(epoch / epochs, 1))) / 2
-
-
-def tempered_kl(student: Tensor, teacher: Tensor, temperature: Tensor) -> Tensor:
-    """T^2 KL at learned temperatures [B] or [1] of logits [B, K]: [B]."""
-    t = temperature[:, None]
-    return temperature.square() * kl_rows(widened(student) / t, widened(teacher) / t, 1.0)
