@@ -42,8 +42,9 @@ class Batches:
     another view for the teacher; `twice`, beside every batch that of the step before in another view.
     """
 
-    def __init__(self, data: KdData, cfg: KdConfig, world: World) -> None:
-        """Raises ConfigError for fewer samples than ranks, images too small for the crops, files to be mixed."""
+    def __init__(self, data: KdData, cfg: KdConfig, world: World, epochs: int | None = None) -> None:
+        """For so many epochs, None: those of `cfg`. Raises ConfigError for fewer samples than ranks, images too small
+        for the crops, files to be mixed."""
         if world.size > cfg.SOLVER.BATCH_SIZE:
             raise ConfigError(f"SOLVER.BATCH_SIZE: {cfg.SOLVER.BATCH_SIZE} is of {world.size} ranks together; raise it")
         self.data, self.batch, self.seed, self.world = data, cfg.SOLVER.BATCH_SIZE, cfg.SEED, world
@@ -54,7 +55,7 @@ class Batches:
         self.neighbours: Tensor | None = None  # [N, size] of `bags`
         self.shrinking = Shrinking(cfg.KCD, cfg.share_of_epochs, data.train, world) if cfg.KCD else None
         check_crop(data.train.size, data.size, data.pad)
-        counts = [self.shrinking.count(e) if self.shrinking else len(data.train) for e in range(cfg.epochs)]
+        counts = [self.shrinking.count(e) if self.shrinking else len(data.train) for e in range(epochs or cfg.epochs)]
         self.starts = [0, *accumulate(-(-self.used(count) // self.batch) for count in counts)]  # steps before an epoch
 
     def used(self, count: int) -> int:

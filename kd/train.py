@@ -40,8 +40,9 @@ def check_group(configs: list[KdConfig]) -> None:
     """Raise ConfigError unless the runs can share batches and teacher, in different folders."""
     for prefixes, those in ((SHARED, configs), (OF_TEACHER, [cfg for cfg in configs if cfg.distils])):
         for cfg in those[1:]:
-            for (key, value), other in zip(flatten(cfg).items(), flatten(those[0]).values(), strict=True):
-                if key.startswith(prefixes) and value != other:
+            values = flatten(those[0])
+            for key, value in flatten(cfg).items():
+                if key.startswith(prefixes) and value != (other := values[key]):
                     raise ConfigError(f"{key}: {other} and {value} in one group; run them apart, or give both the same")
     apart = [cfg for cfg in configs if cfg.apart]
     if apart and len(configs) > 1:
@@ -97,7 +98,7 @@ def train_left(left: list[tuple[KdConfig, RunFolder]], world: World, flag: StopF
     for (_, path), digest in zip(files, said.values(), strict=True):
         log.info(f"teacher: {path} (sha256 {digest})")
     heads = load_tensors(files[0][1].with_name(HEADS)) if first.views == "turned" and files else {}
-    batches = Batches(data, first, world)
+    batches = Batches(data, first, world, max(cfg.epochs for cfg, _ in left))
     if first.views == "bags":
         rows = rows_of(teachers[0].net, data, data.train, torch.arange(len(data.train)), first, world)
         batches.neighbours = bags(world.broadcast(rows), first.BINGO.BAG)
