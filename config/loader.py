@@ -87,12 +87,13 @@ def named(cfg: Section, prefixes: Iterable[str]) -> dict[str, object]:
 
 def nested(cfg: Section) -> dict[str, object]:
     """The resolved configuration as it stands in args.log, which --config_path reads again."""
-    tree: dict[str, object] = {}
+    tree: dict[str, Any] = {}
     for key, value in flatten(cfg).items():
-        section, _, name = key.rpartition(".")
-        inner = tree.setdefault(section, {}) if section else tree
-        if isinstance(inner, dict):
-            inner[name] = value
+        *sections, name = key.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
     return tree
 
 

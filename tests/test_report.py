@@ -1,23 +1,34 @@
-"""Reports show what they were given, in every format, and need no other file."""
+"""Reports show what they were given, in every format, and need no other file; any run folder makes one."""
 
+import json
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+from condenser.synthetic_set import SyntheticSet
+from config import add_args_from_yaml, nested
+from kd.kd_config import KdConfig
+from scripts import report
 from utils.report import (
     Block,
     Code,
+    Columns,
     Heading,
     Paragraph,
     Picture,
     Table,
     loss_curve,
     plain_table,
+    read_markdown,
     render_html,
     render_markdown,
     write_report,
 )
+from utils.run_folder import REPOSITORY
 
 HOSTILE = "a|b \\ <script>alert(1)</script> [x](http://x.y) `c` *d* __init__ layer_index & &amp; $x$"
 TABLE = Table(("set", "micro-F1"), (("full data", "80.9 ± 0.4"), (HOSTILE, "-")), "mean of 3 seeds")
@@ -114,7 +125,9 @@ def test_markdown_fence_is_longer_than_any_inside() -> None:
 
 def test_written_markdown_links_the_picture_from_its_folder(tmp_path: Path, curve: Path) -> None:
     write_report(tmp_path, "report", [Picture(curve, "losses")])
-    assert "![losses](<images/loss_curve.png>)" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "![losses](<images/loss_curve.png>)" in text
+    assert Path(sys.orig_argv[-1]).name in text and f"torch | {torch.__version__.split('+')[0]}" in text
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "report.html", "report.md"]
 
@@ -166,3 +179,144 @@ def test_loss_curve_is_a_png_with_one_panel_for_each_series(tmp_path: Path) -> N
         assert data.startswith(b"\x89PNG\r\n\x1a\n")
         heights.append(int.from_bytes(data[20:24]))  # of the IHDR chunk
     assert heights[1] > 2 * heights[0]
+
+
+def test_markdown_reads_back_as_the_blocks_it_was_written_from(tmp_path: Path, blocks: list[Block]) -> None:
+    (tmp_path / "args.log").touch()
+    hostile = [
+        Paragraph("- a list"),
+        Paragraph("# no heading"),
+        Table(("\\|", ""), (("\\\\", "|x|"),)),
+        Code(""),
+        Code("\n\n"),
+    ]
+    written = [*blocks, *hostile, Heading("last", 4)]
+    title, found = read_markdown(render_markdown(HOSTILE, written, tmp_path), tmp_path)
+    caption = written.index(TABLE)
+    expected = [*written[:caption], Paragraph(TABLE.caption), Table(TABLE.header, TABLE.rows), *written[caption + 1 :]]
+    assert (title, found) == (HOSTILE, expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["| a |", "| a |\n| - |\n| b | c |", "```\nopen", "![x](<>)", "![](<\0>)", "|\\", "#", "]("]
+)
+def test_any_markdown_becomes_blocks_that_lose_no_word(tmp_path: Path, text: str) -> None:
+    page = render_html(*read_markdown(text, tmp_path))
+    for word in ("a", "b", "c", "open", "x"):
+        assert word not in text or word in "".join(part for _, part in Page(page).texts)
+
+
+def test_a_foreign_report_brings_only_pictures_of_run_folders(tmp_path: Path, curve: Path) -> None:
+    text = "![mine](<../images/loss_curve.png>)\n\n![text](<../images/note.png>)\n\n![all](</dev/zero>)"
+    (tmp_path / "images" / "note.png").write_text("secret")
+    shown = [block for block in read_markdown(text, tmp_path / "run")[1] if isinstance(block, Picture)]
+    assert shown == []
+    (tmp_path / "run").mkdir()
+    (tmp_path / "args.log").touch()
+    shown = [block for block in read_markdown(text, tmp_path / "run")[1] if isinstance(block, Picture)]
+    assert shown == [Picture(curve.resolve(), "mine")]
+
+
+def test_columns_hold_every_part_and_folded_code_its_summary() -> None:
+    columns = Columns(((Paragraph("left"), TABLE), (Code("a: 1", "Configuration"),)))
+    page = Page(render_html("t", [columns]))
+    assert {("p", "left"), ("summary", "Configuration"), ("code", "a: 1")} <= set(page.texts)
+    assert [tag for tag, name, _ in page.attributes if name == "class" and tag == "div"] == ["div", "div"]
+    markdown = render_markdown("t", [columns], Path())
+    assert markdown.index("left") < markdown.index("80.9") < markdown.index("Configuration") < markdown.index("a: 1")
+
+
+def make_run(folder: Path, finished: bool = True, **settings: object) -> Path:
+    (folder / "distilled_data").mkdir(parents=True)
+    (folder / "args.log").write_text(yaml.safe_dump({"condense": {"ipc": 1}, "seed": 0, "text": HOSTILE} | settings))
+    lines = [json.dumps({"iteration": i, "match": 1 / i, "note": "x"}) for i in range(1, 6)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"iteration": 6, "mat')
+    (folder / "print.log").write_text(f"first\n{HOSTILE}\n")
+    data = SyntheticSet(torch.rand(4, 3, 8, 8), torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1]))
+    for name in ("0", "5"):
+        data.save(folder / "distilled_data" / f"syn_data_{name}.pth")
+    if finished:
+        (folder / "result.json").write_text(json.dumps({"match": 0.25, "of": {"students": 3}, "all": [1, 2]}))
+    return folder
+
+
+def shown(words: list[Path | str], out: Path) -> Page:
+    assert report.main([*map(str, words), "--out", str(out)]) == 0
+    return Page(out.read_text())
+
+
+def test_a_run_without_a_report_shows_numbers_curves_images_configuration_and_command(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "distill_feat" / "dc" / "digits" / "run")
+    page = shown([folder], tmp_path / "page.html")
+    texts = [text for _, text in page.texts]
+    assert {"match", "0.25", "of.students", "3"} <= set(texts)
+    assert any(text.startswith("Finished. 1 damaged") for text in texts)
+    assert sum(tag == "img" and name == "src" for tag, name, _ in page.attributes) == 3
+    assert f"python distill_feat/dc.py --config_path {folder / 'args.log'}" in texts
+    configuration = next(text for tag, text in page.texts if tag == "code" and "ipc" in text)
+    assert yaml.safe_load(configuration)["text"] == HOSTILE
+    assert not any("log" in text for tag, text in page.texts if tag == "h2")
+
+
+def test_an_unfinished_run_says_so_and_how_far_it_came(tmp_path: Path) -> None:
+    page = shown([make_run(tmp_path / "run", finished=False)], tmp_path / "page.html")
+    texts = [text for _, text in page.texts]
+    assert any(text.startswith("UNFINISHED: last iteration written: 5. 1 damaged") for text in texts)
+    assert f"first\n{HOSTILE}" in texts
+
+
+def test_a_finished_report_is_shown_with_what_repeats_it(tmp_path: Path, curve: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    drawn = folder / "images" / "curve.png"
+    drawn.parent.mkdir()
+    drawn.write_bytes(curve.read_bytes())
+    write_report(folder, "Condensed: x", [TABLE, Picture(drawn, "losses")])
+    own, again = (folder / "report.html").read_text(), tmp_path / "again.html"
+    texts = shown([folder], again).texts
+    missing = [part for part in Page(own).texts if part not in texts]
+    assert missing == [("figcaption", TABLE.caption)] and ("p", TABLE.caption) in texts  # all else word for word
+
+
+def test_a_configuration_reads_back_from_the_args_log_that_the_command_names(tmp_path: Path) -> None:
+    cfg = add_args_from_yaml(
+        KdConfig, REPOSITORY / "config" / "kd" / "digits" / "sdd_kd_lskd.yaml", (), tmp_path
+    ).config
+    folder = make_run(tmp_path / "run", finished=False)
+    (folder / "args.log").write_text(yaml.safe_dump(nested(cfg)))
+    assert report.read_run(folder).command == f"python kd/train.py --cfg {folder / 'args.log'}"
+    assert add_args_from_yaml(KdConfig, folder / "args.log", (), tmp_path).config == cfg
+
+
+def test_several_runs_stand_side_by_side_below_what_differs(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / name, seed=seed, finished=seed < 2) for seed, name in enumerate(("one", "two", "three"))
+    ]
+    page = shown([*runs], tmp_path / "page.html")
+    texts = [text for tag, text in page.texts if tag == "td"]
+    assert texts[texts.index("seed") + 1 :][:3] == ["0", "1", "2"] and "condense.ipc" not in texts
+    headings = [text[:3] for tag, text in page.texts if tag == "h2"]
+    assert headings[-3:] == ["A: ", "B: ", "C: "]
+    assert page.attributes.count(("div", "class", "columns")) == 1
+
+
+def test_what_is_no_run_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = make_run(tmp_path / "broken")
+    (broken / "result.json").write_text("{")
+    for folder, words in (
+        (tmp_path, "not a run folder"),
+        (tmp_path / "none", "not a run folder"),
+        (broken, "no mapping in JSON"),
+    ):
+        assert report.main([str(folder)]) == 2
+        said = capsys.readouterr()
+        assert words in said.err and said.err.count("\n") == 1 and not said.out
+
+
+@pytest.mark.parametrize("text", ["a: &x [1]\nb: *x", "[", "5", "\0", "a: " + "[" * 600])
+def test_settings_of_a_strange_args_log_are_none(text: str) -> None:
+    assert report.settings_of(text) == {}
+
+
+def test_lines_of_metrics_that_are_no_numbers_are_counted() -> None:
+    text = '{"epoch": 1, "a": 2}\n5\n{"a": "x"}\nnot\n{"epoch": 2, "a": NaN, "b": true}\n{"epoch": 3, "a": 1e999}\n'
+    assert report.metrics_of(text + "[" * 5000) == ({"a": [(1, 2.0)]}, "epoch", 4)

@@ -1,16 +1,28 @@
-"""A report is a list of blocks, written as Markdown, as one self-contained HTML file, or to the terminal."""
+"""A report is a list of blocks, written as Markdown, as one self-contained HTML file, or to the terminal.
+
+What was written as Markdown is read back as blocks: a run folder's report.md is where its page starts from.
+"""
 
 import base64
 import html
 import io
 import mimetypes
 import os
+import platform
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Union
+
+import torch
 
 from utils.checkpoint import atomic_write
+from utils.ddp import environment_size
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,8 @@ class Table:
     def numeric(self) -> tuple[bool, ...]:
         """Which columns hold numbers (with an error, a unit, or a dash for none) and nothing else."""
         columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.header)
-        return tuple(
-            any(map(NUMBER.fullmatch, cells)) and all(NUMBER.fullmatch(c) or c in NO_NUMBER for c in cells)
-            for cells in columns
-        )
+        numbers = [[c in NO_NUMBER or (len(c) < 64 and NUMBER.fullmatch(c)) for c in cells] for cells in columns]
+        return tuple(all(found) and any(f is not True for f in found) for found in numbers)
 
 
 @dataclass(frozen=True)
@@ -61,16 +71,27 @@ class Picture:
 
 @dataclass(frozen=True)
 class Code:
-    """Text that keeps its lines and spaces."""
+    """Text that keeps its lines and spaces; with a summary, HTML folds it under that."""
 
     text: str
+    summary: str = ""
 
 
-Block = Heading | Paragraph | Table | Picture | Code
+@dataclass(frozen=True)
+class Columns:
+    """Parts beside one another on a wide screen, one below the other on a narrow one and in Markdown."""
+
+    parts: tuple[tuple["Block", ...], ...]
+
+
+Block = Union[Heading, Paragraph, Table, Picture, Code, Columns]  # noqa: UP007 - it names itself
 
 AMOUNT = r"[+\-−]?(\d[\d,]*\.?\d*|\.\d+)([eE][+\-]?\d+)?"
 NUMBER = re.compile(rf"{AMOUNT}(\s*(±|\+-|\+/-)\s*{AMOUNT})?\s*(%|[a-zA-Zµ]{{1,4}}(/[a-z]+)?)?")
 NO_NUMBER = ("", "-", "–", "—", "nan", "n/a")
+REPEAT, CONFIGURATION = "To repeat", "Configuration"
+PACKAGES = ("torch", "torchvision", "transformers", "numpy")
+PNG = b"\x89PNG\r\n\x1a\n"
 # Everything that Markdown would read as its own; an underscore only where it is not inside a word.
 MARKUP = re.compile(r"[\\`*<\[|~$]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])")
 
@@ -98,18 +119,97 @@ td { max-width: 22rem; border-top: 1px solid var(--line) }
 th { background: var(--panel); white-space: nowrap }
 th.number, td.number { text-align: right; white-space: nowrap }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px }
-pre { margin: 1rem 0; padding: .8rem 1rem; overflow-x: auto; background: var(--panel); border-radius: 6px;
+pre { margin: 1rem 0; padding: .8rem 1rem; white-space: pre-wrap; background: var(--panel); border-radius: 6px;
   font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
 code { font: inherit }
-@media print { .scroll, pre { overflow: visible; white-space: pre-wrap } }
+summary { cursor: pointer; margin: 1rem 0; font-weight: 600 }
+body:has(.columns) { max-width: 120rem }
+.columns { display: grid; gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
+.columns > section { min-width: 0 }
+.columns td { max-width: 9rem; overflow-wrap: anywhere }
+@media (max-width: 30rem) {
+  th, td { padding: .3rem .5rem } td { max-width: 40vw; overflow-wrap: anywhere }
+  .prose thead { display: none } .prose, .prose tr, .prose td { display: block; width: auto; max-width: none }
+  .prose td + td { border: 0; padding-top: 0 }
+}
+@media print { .scroll { overflow: visible } }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(folder: Path, title: str, blocks: Sequence[Block]) -> None:
-    """Write report.md and report.html into `folder`. FileNotFoundError: a picture is missing."""
+    """Write report.md and report.html into `folder`, each with how to repeat it, the page with the folder's args.log.
+
+    FileNotFoundError: a picture is missing.
+    """
+    blocks, args = [*blocks, *repeat_blocks()], folder / "args.log"
+    configuration = [Code(args.read_text("utf-8"), CONFIGURATION)] if args.exists() else []
     atomic_write(folder / "report.md", render_markdown(title, blocks, folder).encode("utf-8", "replace"))
-    atomic_write(folder / "report.html", render_html(title, blocks).encode("utf-8", "replace"))
+    atomic_write(folder / "report.html", render_html(title, [*blocks, *configuration]).encode("utf-8", "replace"))
+
+
+def repeat_blocks() -> list[Block]:
+    """This process: its command, what it is made of and where it runs."""
+    words = [word for word in sys.orig_argv[1:] if word != "-u"]  # torchrun's
+    size, root = environment_size(), Path(__file__).resolve().parents[1]
+    launcher = f"torchrun --nproc_per_node={size}" if size > 1 else "python"
+    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""  # no git here
+    threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ}
+    rows = {
+        "code": commit or "no repository",
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "processes": str(size),
+        "threads of each": f"{torch.get_num_threads()}" + "".join(f", {k}={v}" for k, v in threads.items()),
+    }
+    return [
+        Heading(REPEAT), Code(f"cd {shlex.quote(str(Path.cwd()))}\n{launcher} {shlex.join(words)}"),
+        Heading("Environment"), Table(("what", "value"), tuple(rows.items())),
+    ]  # fmt: skip
+
+
+def read_markdown(text: str, folder: Path) -> tuple[str, list[Block]]:
+    """Title and blocks of what `render_markdown` wrote for `folder`, captions of tables as paragraphs.
+
+    Any other text gives paragraphs. A picture is taken from run folders only, and only if it is a PNG.
+    """
+    title, blocks, lines = "", list[Block](), text.split("\n")[::-1]
+    while lines:
+        line = lines.pop()
+        if re.fullmatch("`{3,}", line):
+            end = max((i for i, other in enumerate(lines) if other == line), default=-1)
+            blocks.append(Code("\n".join(lines[end + 1 :][::-1])))
+            del lines[max(end, 0) :]
+        elif line.startswith("|"):
+            rows = [_cells(line)]
+            while lines and lines[-1].startswith("|"):
+                rows.append(_cells(lines.pop()))
+            rule = len(rows) > 1 and all(re.fullmatch(":?-+:?", cell) for cell in rows[1])
+            if rule and len({len(row) for row in rows}) == 1:
+                blocks.append(Table(rows[0], tuple(rows[2:])))
+            else:
+                blocks += [Paragraph(" ".join(row)) for row in rows]
+        elif line.startswith("![") and line.endswith(">)"):
+            caption, _, name = line[2:-2].rpartition("](<")
+            place = _run_picture(folder / name)
+            blocks.append(
+                Picture(place, _plain(caption)) if place else Paragraph(f"{_plain(caption)}: no picture {name}")
+            )
+        elif found := re.fullmatch(r"(#{1,6}) (.*)", line):
+            level, words = len(found[1]), _plain(found[2])
+            if level == 1 and not title:
+                title = words
+            else:
+                blocks.append(Heading(words, level))
+        elif line.strip():
+            blocks.append(Paragraph(_plain(line)))
+    return title, blocks
 
 
 def render_markdown(title: str, blocks: Sequence[Block], folder: Path) -> str:
@@ -196,9 +296,11 @@ def _markdown(block: Block, folder: Path) -> str:
             return f"{'#' * level} {_marked(text)}"
         case Paragraph(text):
             return _marked(text)
-        case Code(text):
+        case Code(text, summary):
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-            return f"{fence}\n{text}\n{fence}"
+            return (f"{_marked(summary)}\n\n" if summary else "") + f"{fence}\n{text}\n{fence}"
+        case Columns(parts):
+            return "\n\n".join(_markdown(inner, folder) for part in parts for inner in part)
         case Picture(path, caption):
             # A relative path, so that the folder can be moved; <> because it may hold spaces.
             return f"![{_marked(caption)}](<{Path(os.path.relpath(path, folder)).as_posix()}>)"
@@ -207,6 +309,39 @@ def _markdown(block: Block, folder: Path) -> str:
             marked = [[_marked(cell) for cell in row] for row in (header, *rows)]
             lines = [f"| {' | '.join(row)} |" for row in (marked[0], rule, *marked[1:])]
             return "\n".join([*([_marked(caption), ""] if caption else []), *lines])
+
+
+def _plain(text: str) -> str:
+    """What Markdown shows of `_marked` text."""
+    return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", text.strip())
+
+
+def _cells(line: str) -> tuple[str, ...]:
+    """The cells of a table's line, between bars that are not escaped."""
+    row = [""]
+    for part in re.findall(r"\||(?:\\.|[^\\|])+", line[1:]):
+        if part == "|":
+            row.append("")
+        else:
+            row[-1] = _plain(part)
+    return tuple(row if row[-1] else row[:-1])
+
+
+def _run_picture(path: Path) -> Path | None:
+    """A run folder's PNG, links followed; None for anything else that a foreign report.md may name."""
+    try:
+        place = path.resolve(strict=True)
+        if not place.is_file() or not (place.parents[1] / "args.log").exists():
+            return None
+        with place.open("rb") as file:
+            return place if file.read(len(PNG)) == PNG else None
+    except (OSError, RuntimeError, ValueError, IndexError):  # absent, a loop of links, no path at all
+        return None
+
+
+def _visible(text: str) -> str:
+    """The text without control characters but tabs and line ends."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def _escaped(text: str) -> str:
@@ -219,8 +354,12 @@ def _html(block: Block) -> str:
             return f"<h{level}>{_escaped(text)}</h{level}>"
         case Paragraph(text):
             return f"<p>{_escaped(text)}</p>"
-        case Code(text):
-            return f'<pre tabindex="0"><code>{html.escape(text)}</code></pre>'
+        case Code(text, summary):
+            code = f"<pre><code>{html.escape(_visible(text))}</code></pre>"
+            return f"<details><summary>{_escaped(summary)}</summary>{code}</details>" if summary else code
+        case Columns(parts):
+            sections = ("<section>\n" + "\n".join(map(_html, part)) + "\n</section>" for part in parts)
+            return '<div class="columns">\n' + "\n".join(sections) + "\n</div>"
         case Picture(path, caption):
             kind = mimetypes.guess_type(path.name)[0]
             data = base64.b64encode(path.read_bytes()).decode()
@@ -233,7 +372,8 @@ def _html(block: Block) -> str:
                 f"<tr>{''.join(f'<td{s}>{_escaped(c)}</td>' for s, c in zip(sides, row, strict=True))}</tr>"
                 for row in rows
             )
-            table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+            prose = ' class="prose"' if any(len(cell) > 60 for row in rows for cell in row) else ""
+            table = f"<table{prose}><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
             return f'<figure>{_html_caption(caption)}<div class="scroll" tabindex="0">{table}</div></figure>'
 
 
