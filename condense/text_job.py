@@ -16,9 +16,8 @@ from utils.corpus import Corpus
 from utils.ddp import World
 from utils.encoder import EncoderFactory, NetworkConfig, encoder_factory, load_tokenizer
 from utils.report import Block, Heading, Table
-from utils.run_folder import short_hash
 from utils.sampling import buckets
-from utils.scratch_encoder import build_scratch_encoder
+from utils.scratch_encoder import scratch_encoder
 from utils.teachers import TeacherBank
 from utils.utils_text import DatasetConfig, TextSet, get_loader, load_corpus
 
@@ -132,14 +131,8 @@ def open_text(cfg: TextConfig, world: World) -> TextJob:
     corpus = load_corpus(cfg.dataset, cfg.cache_dir)
     folder: Path | str = cfg.network.model_path
     if cfg.network.scratch:
-        key = short_hash(
-            {"texts": corpus.fingerprint, "vocab": cfg.network.vocab_size, "length": cfg.network.max_length}
-        )
-        folder = cfg.pretrained_dir / cfg.data_name / "encoders" / f"{cfg.network.preset}_{key}"
-        if world.main and not (folder / "config.json").exists():
-            build_scratch_encoder(
-                folder, cfg.network.preset, corpus.train.texts, cfg.network.vocab_size, cfg.network.max_length
-            )
+        n, home = cfg.network, cfg.pretrained_dir / cfg.data_name / "encoders"
+        folder = scratch_encoder(home, n.preset, corpus, n.vocab_size, n.max_length)
     if world.main:
         world.barrier()
     tokenizer = load_tokenizer(folder)

@@ -13,10 +13,11 @@ import yaml
 from launching import ROOT
 
 from config import ConfigError, add_args_from_yaml
-from kd import distill_text
-from kd.distill_text import gain, open_lab, spread
+from kd import distill_text, text_lab, text_report
 from kd.distilltool import expose_attentions
 from kd.text_config import DistillTextConfig, run_folder
+from kd.text_lab import open_lab
+from kd.text_report import gain, spread
 from utils.corpus import Corpus
 from utils.ddp import process_group
 from utils.stopping import StopFlag, Stopped
@@ -39,6 +40,14 @@ SHORT = {
 }
 
 
+def few_documents(*given: Any) -> Corpus:
+    """Some of every class, for speed."""
+    whole = load_corpus(*given)
+    train, test = whole.train, whole.test
+    return replace(whole, train=train.select(range(0, len(train), -(-len(train) // 400))),
+                   val=test.select(range(0, len(test), 20)), test=test.select(range(10, len(test), 20)))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Lab:
     """A short configuration over the shipped one; every save has results of its own, the teacher is everybody's."""
@@ -57,7 +66,8 @@ class Lab:
     def main(self, save: str, *more: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["distill_text.py", *self.words(save, *more)])
-            patch.setattr(distill_text, "ROUNDS", 2)
+            patch.setattr(text_report, "ROUNDS", 2)
+            patch.setattr(text_lab, "load_corpus", few_documents)
             return distill_text.main()
 
     def only(self, save: str) -> Path:
@@ -116,7 +126,7 @@ def test_the_terms_of_the_toolkit_are_logged_at_every_step(lab: Lab) -> None:
 
 
 def test_a_finished_run_and_a_kept_teacher_train_nothing_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill_text.TextLab, "train", None)
+    monkeypatch.setattr(text_lab.TextLab, "train", None)
     assert lab.main("whole") == 0
     (lab.only("whole") / "result.json").unlink()
     before = (lab.only("whole") / "report.md").stat().st_mtime_ns
@@ -125,7 +135,7 @@ def test_a_finished_run_and_a_kept_teacher_train_nothing_again(lab: Lab, monkeyp
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks, original = [0], distill_text.TextLab.train
+    checks, original = [0], text_lab.TextLab.train
 
     def check(flag: StopFlag) -> None:
         checks[0] += 1
@@ -138,7 +148,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(lab: Lab, monkeypatch: pytest
         trained.append(fit.arm)
         return original(self, fit, *rest)
 
-    monkeypatch.setattr(distill_text.TextLab, "train", train)
+    monkeypatch.setattr(text_lab.TextLab, "train", train)
     with monkeypatch.context() as patch:
         patch.setattr(StopFlag, "check", check)
         assert lab.main("stopped") == 128 + 15
@@ -149,11 +159,12 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(lab: Lab, monkeypatch: pytest
     assert result(lab.only("stopped")) == result(lab.only("whole"))
 
 
-def test_the_seed_decides_documents_and_weights_for_all_arms_alike(lab: Lab) -> None:
+def test_the_seed_decides_documents_and_weights_for_all_arms_alike(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = lab.config("unused")
+    monkeypatch.setattr(text_lab, "load_corpus", few_documents)
     with process_group(torch.device("cpu")) as world:
         text = open_lab(cfg, world, StopFlag())
-        fits = {(arm, seed): distill_text.Fit(Path(), arm, 1e-3, seed) for arm in cfg.student.arms for seed in (0, 1)}
+        fits = {(arm, seed): text_lab.Fit(Path(), arm, 1e-3, seed) for arm in cfg.student.arms for seed in (0, 1)}
         first = {key: next(iter(text.loader(fit, cfg.student))) for key, fit in fits.items()}
         weights = [text.fresh(cfg.student, seed).bert.pooler.dense.weight for seed in (0, 0, 1)]
     for arm in cfg.student.arms:
@@ -209,17 +220,13 @@ def test_shipped_configurations_resolve(path: Path) -> None:
 def test_real_documents_are_distilled(
     name: str, nclass: int, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def some(*given: Any) -> Corpus:
-        whole = load_corpus(*given)
-        return replace(whole, train=whole.train.select(range(300)), val=whole.test.select(range(50)))
-
-    monkeypatch.setattr(distill_text, "load_corpus", some)
+    monkeypatch.setattr(text_lab, "load_corpus", few_documents)
     places = (f"dataset.data_dir={shared_data / name}", f"pretrained_dir={tmp_path}")
     words = (*places, "vocab_size=600", "max_length=12", "student.documents=32", "student.epochs=1")
     cfg = add_args_from_yaml(DistillTextConfig, CONFIGS / f"{name}.yaml", words, ROOT).config
     with process_group(torch.device("cpu")) as world:
         text = open_lab(cfg, world, StopFlag())
-        fit = distill_text.Fit(tmp_path / "fit", "distilled", 1e-3, 0)
+        fit = text_lab.Fit(tmp_path / "fit", "distilled", 1e-3, 0)
         teacher = text.fresh(cfg.teacher, 0)
         expose_attentions(teacher)
         text.train(fit, cfg.student, teacher)

@@ -128,6 +128,25 @@ def test_the_short_name_gives_the_same_objects_to_a_script_in_kd(tmp_path: Path)
     wait(start([sys.executable, script], tmp_path))
 
 
+def test_the_quick_start_of_the_requirement_runs_by_its_keywords(tmp_path: Path) -> None:
+    model_T, model_S, steps = Net(12, 6, 2), Net(3, 4, 1), list[int]()
+    optimizer = sgd(model_S)
+    distillator = Distillation(
+        train_config=TrainingConfig(log_dir=str(tmp_path / "log"), output_dir=str(tmp_path), device="cpu"),
+        distill_config=distilltool.DistillConfig(
+            temperature=8,
+            intermediate_matches=[hidden(layer_T=4 * i, layer_S=i, proj=["linear", 4, 6]) for i in range(4)],
+        ),
+        model_T=model_T, model_S=model_S, adaptor_T=adaptor, adaptor_S=adaptor,
+    )  # fmt: skip
+    with distillator:
+        distillator.train(optimizer=optimizer, scheduler=schedules.StepLR(optimizer, 5), dataloader=loader(),
+                          num_train_epochs=2, callback=lambda model, step: steps.append(step), scale=0.5)  # fmt: skip
+    with distillator:
+        distillator.train(optimizer, None, loader(), 1, None)
+    assert steps == saved(tmp_path) == [10, 20] and len(optimizer.param_groups) == 5
+
+
 # settings
 
 
@@ -431,6 +450,24 @@ def test_a_custom_match_is_the_match_of_the_same_features_and_leaves_no_hook(tmp
                          [custom[0] | {key: value}])  # fmt: skip
 
 
+@pytest.mark.parametrize(("given", "said"), [
+    ([{"module_T": "layer.1"}], "module_T: no module 'layer.1'; did you mean 'layers.1'"),
+    ([{"wieght": 1}], "'wieght': unknown key.*did you mean 'weight'"),
+    ([{"weight": "much"}], "weight: 'much' is not a number"),
+    ([{"loss": "hiden_mse"}], "'hiden_mse' is not a match loss.*did you mean 'hidden_mse'"),
+    ([{"proj": "linear"}], "a name, dim_S and dim_T are needed"),
+    ([{"loss": "mmd"}], "mmd layers.1>layers.0: mmd: student: a list of two matrices"),
+    ("layers.1", "str, not a dict with keys of module_T"),
+])  # fmt: skip
+def test_a_wrong_custom_match_is_one_line(given: Any, said: str, tmp_path: Path) -> None:
+    whole = {"module_T": "layers.1", "module_S": "layers.0", "loss": "cos", "weight": 1.0}
+    matches, student = [x if isinstance(x, str) else whole | x for x in given], Net(1, 4, 1)
+    with pytest.raises(ConfigError, match=said):
+        Distillation(
+            settings(tmp_path), DistillationConfig(), Net(2, 6, 2), student, adaptor, adaptor, custom_matches=matches
+        ).train(sgd(student), None, loader(), 1)
+
+
 def test_an_own_loss_needs_only_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MATCH_LOSS_MAP, "mine", lambda s, t, mask=None: (s - t).abs().mean())
     assert (
@@ -506,6 +543,21 @@ def test_further_mistakes_are_one_line(tmp_path: Path) -> None:
         BasicTraining(config, net, lambda b, o: {"logits": o[0]}).train(sgd(net), None, loader(), 1)
     with pytest.raises(ConfigError, match="no batches"):
         BasicTraining(config, net, adaptor).train(sgd(net), None, [], 1)
+    for epochs in (0, 1.5):
+        with pytest.raises(ConfigError, match="a whole number from 1"):
+            BasicTraining(config, net, adaptor).train(sgd(net), None, loader(), epochs)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="optimizer: has no parameter of the trained model"):
+        BasicTraining(config, net, adaptor).train(sgd(Net(1, 4, 1)), None, loader(), 1)
+    with pytest.raises(ConfigError, match="train_config: DistillationConfig, not a TrainingConfig"):
+        BasicDistillation(plain, config, net, net, adaptor, adaptor)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="distill_config: dict, not a DistillationConfig; .*from_dict"):
+        Distillation(config, {"temperature": 8}, net, net, adaptor, adaptor)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="proj: 'lrr' is no option of SGD; did you mean 'lr'"):
+        mistyped = DistillationConfig(intermediate_matches=[hidden(proj=["linear", 4, 4, {"lrr": 1}])])
+        Distillation(config, mistyped, net, net, adaptor, adaptor).train(sgd(net), None, loader(), 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="log_dir: .*file: .*None for no log"):
+        BasicTraining(settings(tmp_path, log_dir=tmp_path / "file"), net, adaptor).train(sgd(net), None, loader(), 1)
     with pytest.raises(ConfigError, match="is on meta"):
         BasicTraining(config, Net(1, 4, 1).to("meta"), adaptor).train(sgd(net), None, loader(), 1)
 
@@ -746,12 +798,28 @@ def test_a_run_that_goes_on_logs_every_step_once(tmp_path: Path) -> None:
 
 
 def test_another_plan_does_not_go_on_from_here(tmp_path: Path) -> None:
-    net = Net(1, 4, 1)
-    BasicTraining(settings(tmp_path), net, adaptor).train(sgd(net), None, loader(), 1)
-    with pytest.raises(ConfigError, match="epochs of 10 steps, here 5"):
-        BasicTraining(settings(tmp_path, resume=True, gradient_accumulation_steps=2), net, adaptor).train(
-            sgd(net), None, loader(), 1
-        )
+    proj = [hidden(proj=["linear", 4, 6])]
+
+    def train(
+        depth: int = 1, matches: Any = proj, make: Callable[[nn.Module], Optimizer] = sgd, scheduler: Any = None,
+        a: int = 1, resume: bool = True,
+    ) -> None:  # fmt: skip
+        net, config = Net(depth, 4, 1), DistillationConfig(intermediate_matches=matches)
+        train_config = settings(tmp_path, resume=resume, gradient_accumulation_steps=a)
+        Distillation(train_config, config, Net(2, 6, 2), net, adaptor, adaptor).train(make(net), scheduler, loader(), 1)
+
+    train(resume=False)
+    train()
+    for other, said in (
+        ({"a": 2}, "epochs of 10 steps, here 5"),
+        ({"make": lambda net: AdamW(net.parameters())}, "optimizer was SGD, here AdamW"),
+        ({"scheduler": lambda optimizer: schedules.StepLR(optimizer, 2)}, "scheduler was NoneType, here StepLR"),
+        ({"matches": []}, "projections does not fit .*set resume=False"),
+        ({"depth": 2}, "student does not fit .*layers.1.weight"),
+    ):
+        with pytest.raises(ConfigError, match=said) as caught:
+            train(**other)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])

@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import json
+import logging
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ from torch import Tensor
 
 from config import ConfigError
 
+VIEWS = 16  # times that a .pth file's bytes may be seen: tensors share them, as tied weights do
+log = logging.getLogger("distill_lab")
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step; a full disk leaves the old file. Raises ConfigError."""
+
+def atomic_write(path: Path, data: bytes, kept: Path | None = None) -> None:
+    """Replace `path` by `data` in one step, the old file kept as `kept`; a full disk leaves all. Raises ConfigError."""
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,6 +32,12 @@ def atomic_write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
+        if kept and path.exists():
+            kept.unlink(missing_ok=True)
+            try:
+                kept.hardlink_to(path)  # so that `path` is there at any time
+            except OSError:  # a file system without links
+                path.replace(kept)
         Path(temporary).replace(path)
     except OSError as error:
         if temporary:
@@ -46,25 +58,103 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
     """Read a safetensors file. Raises ConfigError for a damaged or foreign one."""
     try:
         return load_file(path, device=str(device))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:  # also a type unknown to torch
         raise ConfigError(
             f"{path}: not a readable safetensors file ({error}): delete it and run the same command again"
         ) from error
 
 
-def save_pth(path: Path, value: dict[str, Any]) -> None:
-    """Write a dict of tensors and plain values as .pth, atomically."""
+def pth_bytes(value: dict[str, Any]) -> bytes:
+    """A dict of tensors and plain values as a .pth file's content."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    atomic_write(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_pth(path: Path, value: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values as .pth, atomically."""
+    atomic_write(path, pth_bytes(value))
 
 
 def load_pth(path: Path) -> Any:
     """Read a .pth file of tensors and plain values; nothing in it is executed. Raises ConfigError."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\3\4"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the protocol, to coders
+            # Mapped, a storage ends where the file does, whatever its header says.
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return unmapped(value, [VIEWS * path.stat().st_size], {})
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except Exception as error:  # torch raises a different type for every way in which a file can be broken
         reason = str(error).split(". ")[0].split("\n")[0][:160] or type(error).__name__  # then advice to coders
         raise ConfigError(f"{path}: not a readable file of tensors ({reason}): delete or replace it") from error
+
+
+def unmapped(value: Any, left: list[int], known: dict[int, Any]) -> Any:
+    """The value with tensors of its own, of `left[0]` bytes at most; each part once. Raises ValueError for more."""
+    if id(value) in known:
+        return known[id(value)]
+    known[id(value)] = value
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ValueError(f"a tensor of layout {value.layout} on {value.device}")
+        left[0] -= value.nbytes
+        if left[0] < 0:
+            raise ValueError("its tensors are larger than the file")
+        known[id(value)] = value.detach().clone()
+    elif isinstance(value, dict):
+        value.update({key: unmapped(inner, left, known) for key, inner in value.items()})
+    elif isinstance(value, list):
+        value[:] = [unmapped(inner, left, known) for inner in value]
+    elif type(value) is tuple:
+        known[id(value)] = tuple(unmapped(inner, left, known) for inner in value)
+    return known[id(value)]
+
+
+def previous(path: Path) -> Path:
+    """Where `keep_state` keeps the state before the one at `path`."""
+    return path.with_suffix(f".previous{path.suffix}")
+
+
+def keep_state(path: Path, value: dict[str, Any]) -> None:
+    """Write what a run goes on from, as `save_pth` does; the one before it is kept."""
+    atomic_write(path, pth_bytes(value), previous(path))
+
+
+def last_state(path: Path) -> Any:
+    """The last state of `keep_state`, or None; a damaged or lost one is replaced by the one before, as the log says.
+
+    Raises ConfigError where no file of the two can be read.
+    """
+    older = previous(path)
+    if not older.exists():
+        return load_pth(path) if path.exists() else None
+    try:
+        return load_pth(path)
+    except ConfigError:
+        try:
+            state = load_pth(older)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{path}: not readable, nor is the state before it, {older.name}: delete both to start again"
+            ) from error
+        log.warning(f"{path}: damaged or lost; the state before it is used, {older.name}")
+        older.replace(path)
+        return state
+
+
+def drop_state(path: Path) -> None:
+    """Remove what `keep_state` wrote."""
+    for file in (path, previous(path)):
+        file.unlink(missing_ok=True)
+
+
+def load_json(path: Path) -> Any:
+    """A JSON file's value. Raises ConfigError for one that is absent or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable JSON ({error}): delete it, or start with --overwrite") from error

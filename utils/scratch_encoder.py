@@ -9,12 +9,23 @@ from typing import Any
 
 import torch
 
+from utils.corpus import Corpus
 from utils.encoder import PRESETS
+from utils.run_folder import short_hash
 from utils.streams import stream_seed
 
 TABLE_STD = 0.15  # spread of the word table, above that of position vectors: words first
 WINDOW = 5  # words to each side that count as company
 log = logging.getLogger("distill_lab")
+
+
+def scratch_encoder(home: Path, preset: str, corpus: Corpus, vocab_size: int, max_length: int) -> Path:
+    """Folder below `home` of the encoder that a corpus' training documents and these sizes decide; built if absent."""
+    key = short_hash({"texts": corpus.fingerprint, "vocab": vocab_size, "length": max_length})
+    folder = home / f"{preset}_{key}"
+    if not (folder / "config.json").exists():
+        build_scratch_encoder(folder, preset, corpus.train.texts, vocab_size, max_length)
+    return folder
 
 
 def build_scratch_encoder(folder: Path, preset: str, texts: Sequence[str], vocab_size: int, max_length: int) -> None:
