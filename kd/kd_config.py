@@ -72,6 +72,7 @@ class Dataset(Section):
     AUGMENT: Literal["crop", "resized_crop"] | None = None  # None: resized_crop for imagenet, else crop
     PER_CLASS: int | None = Field(None, ge=1)  # the first training images of a class only
     VAL_FRACTION: float = Field(0.0, ge=0, lt=0.5)  # of train, held out to fit a temperature; 0 = none
+    VAL_REST: bool = False  # hold out what PER_CLASS leaves, to choose settings on
     DROP_LAST: bool = False  # the smaller last batch of an epoch
     IN_MEMORY: bool = True  # false: files are decoded for every batch
     NUM_WORKERS: int = Field(2, ge=0)  # read from their files; 8 threads decode
@@ -79,9 +80,11 @@ class Dataset(Section):
 
     @model_validator(mode="after")
     def check(self) -> "Dataset":
-        """Resized crops are cut from files."""
+        """Resized crops are cut from files; one part is held out."""
         if self.resized and self.IN_MEMORY:
             raise ValueError("IN_MEMORY: true, but resized crops are cut from the files; set IN_MEMORY: false")
+        if self.VAL_REST and (not self.PER_CLASS or self.VAL_FRACTION):
+            raise ValueError("VAL_REST: true holds out what PER_CLASS leaves; set PER_CLASS, and VAL_FRACTION: 0")
         return self
 
     @property
@@ -262,7 +265,7 @@ class KdConfig(Section):
         kept_alone = views or self.KCD or self.ASSISTANTS.NETWORKS or {*d.parts} - {*METHODS, "DIST"}
         if self.KD.CACHE_VIEWS and kept_alone:
             raise ValueError(
-                f"KD.CACHE_VIEWS: {self.KD.CACHE_VIEWS}, but only logits of one teacher on fixed images can be kept, for "
+                f"KD.CACHE_VIEWS: {self.KD.CACHE_VIEWS}, but only logits of one teacher on fixed images are kept, for "
                 "methods of logits alone; set 0"
             )
         try:
@@ -371,6 +374,7 @@ def run_folder(cfg: KdConfig) -> Path:
     elsewhere += tuple(f"{name}." for name in TERMS if name not in read)
     elsewhere += tuple(n for n in ("CTKD", "KCD") if not getattr(cfg, n))
     elsewhere += () if cfg.ASSISTANTS.NETWORKS else ("ASSISTANTS.",)
+    elsewhere += () if cfg.DATASET.VAL_REST else ("DATASET.VAL_REST",)
     values = {key: value for key, value in flatten(cfg).items() if not key.startswith(elsewhere)}
     values["M"] = list(cfg.regions)
     scales = f"_M{'-'.join(map(str, cfg.regions))}" if cfg.distils else ""

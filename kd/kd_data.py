@@ -49,7 +49,7 @@ class KdData:
 
 
 def load_kd_data(d: Dataset) -> KdData:
-    """The data set, its training part cut to PER_CLASS and VAL_FRACTION held out. Raises ConfigError."""
+    """The data set, its training part cut to PER_CLASS, the rest of it or VAL_FRACTION held out. Raises ConfigError."""
     usual, load, pad = SIZES.get(d.TYPE, LARGE)
     size, pad = d.SIZE or usual, pad if d.PAD is None else d.PAD
     load = d.LOAD_SIZE or load * size // usual
@@ -62,10 +62,13 @@ def load_kd_data(d: Dataset) -> KdData:
     )
     train, test = in_memory(raw.train, settings), in_memory(raw.test, settings)
     normaliser = CONSTANTS.get(d.TYPE) or measure(train.images, load)  # of all images, as the teacher's
-    if d.PER_CLASS:
-        first = [(train.labels == c).nonzero().flatten()[: d.PER_CLASS] for c in range(len(raw.classes))]
-        train = part(train, torch.cat(first).sort().values)
     held_out = None
+    if d.PER_CLASS:
+        first = torch.zeros(len(train.labels), dtype=torch.bool)
+        for c in range(len(raw.classes)):
+            first[(train.labels == c).nonzero().flatten()[: d.PER_CLASS]] = True
+        held_out = part(train, (~first).nonzero().flatten()) if d.VAL_REST and not first.all() else None
+        train = part(train, first.nonzero().flatten())
     if d.VAL_FRACTION:
         kept, held = stratified(train.labels, d.VAL_FRACTION)
         train, held_out = part(train, kept), part(train, held)

@@ -113,6 +113,19 @@ def sweep_table(runs: Sequence[Planned]) -> Table:
     return Table(("run", "from", "seeds", *(COLUMNS[name] for name in names)), tuple(body))
 
 
+def chosen(runs: Sequence[Planned]) -> list[Planned]:
+    """Of names such as kd@0.05 and kd@0.1 those with the best mean top-1 on held-out images, without what follows @."""
+    found: dict[str, dict[str, list[Planned]]] = {}
+    for run in runs:
+        found.setdefault(run.name.split("@")[0], {}).setdefault(run.name, []).append(run)
+
+    def held_out(variant: Sequence[Planned]) -> float:
+        rows = [json.loads(run.result.read_text()) for run in variant if run.result.exists()]
+        return mean(row["held_out_top1"] for row in rows) if rows and "held_out_top1" in rows[0] else -1.0
+
+    return [run for variants in found.values() for run in max(variants.values(), key=held_out)]
+
+
 def sweep(runs: Sequence[Planned], more: Sequence[str], ranks: int, logs: Path, size: int) -> int:
     """Exit status: 0, 1 if a run is not finished, a stopped run's own."""
     groups: dict[str, list[Planned]] = {}
@@ -133,12 +146,15 @@ def sweep(runs: Sequence[Planned], more: Sequence[str], ranks: int, logs: Path, 
         if status >= 128 or status < 0:
             return status if status > 0 else 128 - status
         crashed += [f"{run.name}, seed {run.cfg.SEED}, exit status {status}: {words}" for run in unfinished]
-    table = sweep_table(runs)
+    tables = [sweep_table(runs)]
+    if any("@" in run.name for run in runs):
+        tables.append(sweep_table(chosen(runs)))
     note = "top-1, last is of the last epoch; best was chosen on the test images. Percent; NLL in nats."
+    note += " Of names with @, the second table has those best on held-out training images." if tables[1:] else ""
     write_report(
-        logs, "Sweep", [Paragraph(note), table, *([Paragraph(f"Crashed: {', '.join(crashed)}")] if crashed else [])]
+        logs, "Sweep", [Paragraph(note), *tables, *([Paragraph(f"Crashed: {', '.join(crashed)}")] if crashed else [])]
     )
-    print(plain_table(table))
+    print("\n\n".join(map(plain_table, tables)))
     for line in crashed:
         print(f"CRASHED  {line}", file=sys.stderr)
     return 1 if crashed else 0

@@ -110,7 +110,7 @@ def test_the_loader_runs_without_this_package(tmp_path: Path, zca: bool) -> None
         "import runpy, sys; load = runpy.run_path('load.py')['load']; ours = {'condenser', 'utils', 'config', 'NCFM'}; "
         "assert not ours & {name.split('.')[0] for name in sys.modules}; import torch; torch.save(load(), 'out.pt')"
     )
-    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, env={}, check=True)
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, env={"OMP_NUM_THREADS": "1"}, check=True)
     images, labels, features = torch.load(tmp_path / "out.pt")
     assert found.features is not None
     mean, std = (np.array(values, np.float32)[:, None, None] for values in ([0.49, 0.48, 0.45], [0.2, 0.19, 0.21]))

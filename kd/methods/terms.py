@@ -19,7 +19,7 @@ Spread = Callable[[Tensor], Tensor]  # rows of this rank's samples -> rows of al
 
 
 class Pass(NamedTuple):
-    """A forward: logits of regions [B, K, N], the image first, what the head reads [B, D], blocks' maps [B, C, H, W]."""
+    """A forward: logits of regions [B, K, N], the image first, the head's rows [B, D], maps [B, C, H, W] of blocks."""
 
     regions: Tensor
     rows: Tensor
