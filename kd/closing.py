@@ -87,7 +87,8 @@ def finish(run: StudentRun, said: Said | None) -> dict[str, float]:
             result |= {"cka": 100 * linear_cka(rows, said.rows)}
             result |= {f"teacher_{name}": value for name, value in found.teacher.as_dict().items()}
         result |= {"best_top1": run.best, "best_epoch": run.best_epoch, "epochs": run.cfg.epochs}
-        result |= {"seconds": round(run.seconds, 1), "parameters": sum(p.numel() for p in run.net.parameters())}
+        result |= {"seconds": round(run.seconds, 1), "epoch_seconds": run.seconds / run.cfg.epochs}
+        result |= {"parameters": sum(p.numel() for p in run.net.parameters())}
         write_files(run, result)
     run.folder.finish(result)
     return result

@@ -78,6 +78,7 @@ COLUMNS = {  # of result tables: the number in a run's result, its name
     "top1": "top-1, last", "top5": "top-5", "nll": "NLL", "ece": "ECE", "nll_scaled": "NLL, scaled",
     "ece_scaled": "ECE, scaled", "agreement": "agreement", "kl_to_teacher": "KL to teacher",
     "cka": "CKA", "teacher_top1": "teacher", "best_top1": "top-1, best", "held_out_top1": "top-1, held out",
+    "epoch_seconds": "s/epoch",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ fail() {
 find_python() {
     local name without_venv=""
     for name in python3.13 python3.12 python3.11 python3; do
-        "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue
+        "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' >/dev/null 2>&1 || continue
         if "$name" -c 'import ensurepip, venv' >/dev/null 2>&1; then
             echo "$name"
             return
@@ -25,10 +25,10 @@ find_python() {
         without_venv="${without_venv:-$name}"
     done
     [[ -z "$without_venv" ]] || fail "$without_venv has no venv module: install it (Debian, Ubuntu: apt-get install $without_venv-venv), then run this again"
-    fail "no Python 3.11 or newer on the PATH: install one, then run this again"
+    fail "no Python 3.11.4 or newer on the PATH: install one, then run this again"
 }
 
-if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' >/dev/null 2>&1; then
     python="$(find_python)"
     echo "setup: making $venv with $python"
     "$python" -m venv --without-pip --clear "$venv"
