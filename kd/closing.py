@@ -59,11 +59,15 @@ def finish_all(runs: Sequence[StudentRun], teachers: Sequence[Teacher]) -> list[
 
 
 def fit_head(run: StudentRun) -> None:
-    """Give a student that saw no labels the best linear classifier of its features. All ranks together."""
-    train, world, head = run.data.train, run.world, run.net.head
+    """Give a student that saw no labels the best linear classifier of its standardised features. All ranks together."""
+    train, world, found = run.data.train, run.world, None
     rows = rows_of(run.net, run.data, train, torch.arange(len(train)), run.cfg, world)
-    found = None if rows is None else linear_probe(rows, train.labels, len(run.data.classes)).state_dict()
-    head.load_state_dict(world.broadcast(found))
+    if rows is not None:
+        mean, spread = rows.double().mean(0), rows.double().std(0, correction=0)
+        scale = torch.where(spread > 0, spread, 1)
+        probe = linear_probe((rows - mean) / scale, train.labels, len(run.data.classes))
+        found = {"weight": probe.weight / scale, "bias": probe.bias - probe.weight @ (mean / scale)}
+    run.net.head.load_state_dict(world.broadcast(found))
 
 
 def finish(run: StudentRun, said: Said | None) -> dict[str, float]:
@@ -118,7 +122,7 @@ def write_files(run: StudentRun, result: dict[str, float]) -> None:
             log.info(f"{run.label}: teacher written: {path}")
     lines = run.folder.metrics()
     curves = folder / "images" / "curves.png"
-    names = [n for n in ("train_ce", "train_kd", "test_top1", "lr") if n != "train_kd" or run.cfg.distils]
+    names = [n for n in ("train_ce", "train_kd", "test_top1", "lr") if n != "train_kd" or d.TYPE != "NONE"]
     loss_curve(curves, {n: [(int(x["epoch"]), x[n]) for x in lines] for n in names}, "epoch", "value")
     rows = tuple((name, f"{value:.4g}") for name, value in result.items())
     networks = f"{d.TEACHER} to {d.STUDENT}, M {list(run.cfg.regions)}" if run.cfg.distils else d.STUDENT

@@ -24,7 +24,8 @@ SECOND = 2**30  # number of the first of second views, as of epochs that never c
 class Batch(NamedTuple):
     """What a step reads: the student's input, class ids and sample ids [B], and the teacher's input where it differs.
 
-    `own`: the rows of a pass that the labels are of. `fresh`: how many samples are new, the others coming again.
+    `own`: the rows of a pass that the labels are of. `fresh`: how many samples are new, the others coming again;
+    `again`: what a mean over the latter counts for beside one over all.
     """
 
     x: Tensor
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
     fresh: int
     of_teacher: Tensor
     own: slice = slice(None)
+    again: float = 1.0
 
 
 class Batches:
@@ -61,7 +63,7 @@ class Batches:
     def used(self, count: int) -> int:
         """How many of `count` samples an epoch takes: no rank without a sample, no batch norm of one."""
         rest = count % self.batch
-        drop = count > self.batch and (self.drop_last or rest < max(2, self.world.size))
+        drop = count > self.batch and (self.drop_last or rest < 2 * self.world.size)
         return count - rest if drop else count
 
     def place(self, step: int) -> tuple[int, int]:
@@ -77,8 +79,10 @@ class Batches:
         """Draw the order and the views of epoch 0, 1, ...; they go to the device at once."""
         self.parts = self.order(epoch)
         self.own = [part[self.world.rank :: self.world.size] for part in self.parts]
-        before = [self.order(epoch - 1)[-1]] if epoch and self.views == "twice" else []
-        self.again = [*before, *self.parts][: len(self.parts)] if before else [torch.arange(0), *self.parts[:-1]]
+        nothing = torch.arange(0)
+        self.again = [nothing] * len(self.parts)  # of `twice`
+        if self.views == "twice":
+            self.again = [self.order(epoch - 1)[-1] if epoch else nothing, *self.parts[:-1]]
         self.view = epoch % self.fixed if self.fixed else epoch
         self.on_device = torch.cat(self.own).to(self.world.device).split([len(part) for part in self.own])
         self.make, self.remake = self.maker(self.view), self.maker(SECOND + self.view)
@@ -124,11 +128,18 @@ class Batches:
         if self.views == "twice":
             again = self.again[turn][self.world.rank :: self.world.size].to(ids.device)
             x, ids = torch.cat([x, self.normalised(self.remake(again))]), torch.cat([ids, again])
+            if len(again):
+                return Batch(x, self.labels[ids], ids, fresh, x, again=self.counts(self.again[turn]) / self.share(turn))
         return Batch(x, self.labels[ids], ids, fresh, x)
 
+    def counts(self, *parts: Tensor) -> float:
+        """What this rank's mean over its rows of parts of a batch counts for in that over all, times the ranks."""
+        own = sum(len(part[self.world.rank :: self.world.size]) for part in parts)
+        return own * self.world.size / sum(map(len, parts))
+
     def share(self, turn: int) -> float:
-        """What this rank's mean counts for in the mean over the whole batch, times the ranks."""
-        return len(self.own[turn]) * self.world.size / len(self.parts[turn])
+        """What this rank's mean over a batch counts for in that over the whole batch, times the ranks."""
+        return self.counts(self.parts[turn], self.again[turn])
 
     def spread(self, turn: int) -> Callable[[Tensor], Tensor]:
         """From this rank's new rows of a batch to those of all ranks, in the order of the batch."""

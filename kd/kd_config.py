@@ -262,6 +262,12 @@ class KdConfig(Section):
             raise ValueError(f"CTKD: {d.TYPE} has no temperature that could be learned; add KD, or leave CTKD out")
         if self.ASSISTANTS.NETWORKS and not self.distils:
             raise ValueError(f"ASSISTANTS: {d.TYPE} has no teacher, so there is nothing between; leave NETWORKS empty")
+        if self.ASSISTANTS.NETWORKS and "HSAKD" in d.parts:
+            raise ValueError("ASSISTANTS: HSAKD reads heads that only its teacher has; leave NETWORKS empty")
+        if "BINGO" in d.parts and self.BINGO.QUEUE < self.SOLVER.BATCH_SIZE:
+            raise ValueError(
+                f"BINGO.QUEUE: {self.BINGO.QUEUE} keys, but a batch has {self.SOLVER.BATCH_SIZE}; raise it to that"
+            )
         kept_alone = views or self.KCD or self.ASSISTANTS.NETWORKS or {*d.parts} - {*METHODS, "DIST"}
         if self.KD.CACHE_VIEWS and kept_alone:
             raise ValueError(

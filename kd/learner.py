@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.kd_batches import Batch
-from kd.kd_config import KdConfig
+from kd.kd_config import UNTAUGHT, KdConfig
 from kd.methods import hints, relations
 from kd.methods.chains import kept_teachers
 from kd.methods.temperature import GlobalTemperature, InstanceTemperature, curriculum
@@ -117,7 +117,8 @@ class Learner(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(cfg.SEED, "kd terms"))
             for said in [shapes(teacher, channels, size) for teacher in teachers] or [own]:
-                every.append([make_term(name, cfg, own, said, labels, classes, heads) for name in names])
+                here = [name for name in names if not every or name not in UNTAUGHT]
+                every.append([make_term(name, cfg, own, said, labels, classes, heads) for name in here])
             if cfg.CTKD:
                 c = cfg.CTKD
                 self.curriculum = partial(
@@ -127,6 +128,7 @@ class Learner(nn.Module):
                 self.policy = InstanceTemperature(classes, *limits) if c.INSTANCE else GlobalTemperature(*limits)
         self.terms = nn.ModuleList(nn.ModuleList(made) for made in every)
         self.reads_rows = any(term.reads_rows for made in every for term in made)
+        self.reads_maps = any(term.reads_maps for made in every for term in made)
         self.every = [tuple(made) for made in every]  # the same, typed
 
     def groups(self, weight_decay: float) -> list[dict[str, object]]:
@@ -141,9 +143,12 @@ class Learner(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             maps = tuple(self.net.layers(x))
             rows = self.net.join(maps[-1]) if self.reads_rows or self.regions[0] == (1,) else maps[-1][:, :0]
-            if self.regions[0] == (1,):
-                return Pass(self.net.head(rows).float()[..., None], rows, maps)
-        return Pass(regions_of(self.net, maps[-1], self.regions), rows, maps)
+            logits = self.net.head(rows).float()[..., None] if self.regions[0] == (1,) else None
+        if logits is None:
+            logits = regions_of(self.net, maps[-1], self.regions)
+        if not self.reads_maps:  # what terms learn is in float32
+            return Pass(logits, rows.float())
+        return Pass(logits, rows.float(), tuple(m.float() for m in maps))
 
     def forward(
         self, x: Tensor, batch: Batch, said: Sequence[Pass], epoch: int, step: int, rank: int
@@ -153,20 +158,21 @@ class Learner(nn.Module):
         logits = own.logits[batch.own]
         ce = F.cross_entropy(logits, batch.labels)
         extra = torch.zeros_like(ce)
-        teaches = torch.ones(len(self.terms), dtype=torch.bool)
+        teaches = [True] * len(self.every)
         if len(said) > 1:
-            teaches = kept_teachers(len(said), self.drop, generator(self.seed, "kd teachers", step))
+            teaches = kept_teachers(len(said), self.drop, generator(self.seed, "kd teachers", step)).tolist()
         ranks = (rank,) if rank else ()
-        for made, of_teacher, now in zip(self.every, said or [own], teaches.tolist(), strict=True):
+        for made, of_teacher, now in zip(self.every, said or [own], teaches, strict=True):
             learned = None
             if self.policy is not None:
                 learned = self.policy(own.logits, of_teacher.logits, self.curriculum(epoch))
-            seen = Seen(own, of_teacher, batch.labels, batch.ids, batch.fresh, step, ranks, learned)
+            seen = Seen(own, of_teacher, batch.labels, batch.ids, batch.fresh, step, ranks, learned, batch.again)
             for term in made:
-                if not now and not any(p.requires_grad for p in term.parameters()):
+                counts = now or not term.taught
+                if not counts and not any(p.requires_grad for p in term.parameters()):
                     continue
                 value = term.weight * min(epoch / max(term.warmup, 1), 1) * term(seen)
-                extra = extra + (value if now else 0 * value)  # whose parameters all have a gradient, if of 0
+                extra = extra + (value if counts else 0 * value)  # whose parameters all have a gradient, if of 0
         return self.ce_weight * ce + extra, ce, extra, logits
 
     def numbers(self) -> dict[str, float]:
@@ -174,7 +180,7 @@ class Learner(nn.Module):
         policy = self.policy
         if not isinstance(policy, GlobalTemperature):
             return {}
-        return {"temperature": policy.lowest + policy.span * float(policy.raw.sigmoid())}
+        return {"temperature": policy.lowest + policy.span * policy.raw.detach().sigmoid().item()}
 
     def remember(self, spread: Spread) -> None:
         """After a step: what later ones need. All ranks together."""

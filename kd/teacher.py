@@ -11,10 +11,11 @@ from torch.fx.experimental.optimization import fuse
 
 from config import ConfigError
 from kd.kd_batches import Batches
-from kd.kd_config import LAST, KdConfig, links, run_folder, teacher_folder
+from kd.kd_config import HEADS, LAST, KdConfig, links, run_folder, teacher_folder
 from kd.kd_data import KdData
 from kd.methods.terms import Pass
 from kd.regions import Bins, pool_matrix, region_logits
+from utils.checkpoint import load_tensors
 from utils.image_networks import ImageNetwork
 from utils.kd_networks import kd_network, load_public
 from utils.progress import Progress
@@ -54,6 +55,17 @@ def teacher_files(cfg: KdConfig) -> list[tuple[str, Path]]:
     found = [(cfg.DISTILLER.TEACHER or "", teacher_file(cfg))]
     found += [(link.DISTILLER.STUDENT, run_folder(link) / LAST) for link in links(cfg)[:-1]]
     return found if cfg.ASSISTANTS.DENSE else found[-1:]
+
+
+def teacher_heads(path: Path) -> dict[str, Tensor]:
+    """The state of HSAKD's heads beside a teacher's file. Raises ConfigError where there are none."""
+    path = path.with_name(HEADS)
+    if not path.is_file():
+        raise ConfigError(
+            f"{path}: no such file, but HSAKD reads its teacher's heads: train the teacher by DISTILLER.TYPE "
+            "HSAKD_TEACHER EXPERIMENT.SAVE_AS_TEACHER true"
+        )
+    return load_tensors(path)
 
 
 def regions_of(net: ImageNetwork, maps: Tensor, key: Regions) -> Tensor:

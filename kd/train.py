@@ -19,14 +19,13 @@ import torch
 from config import CommandLine, ConfigError, Resolved, flatten, nested
 from kd.closing import finish_all, rows_of
 from kd.kd_batches import Batches
-from kd.kd_config import HEADS, OF_TEACHER, OPTIONS, SHARED, KdConfig, links, run_folder, run_name
+from kd.kd_config import OF_TEACHER, OPTIONS, SHARED, KdConfig, links, run_folder, run_name
 from kd.kd_data import load_kd_data
 from kd.losses import suggested_temperature
 from kd.methods.contrast import bags
 from kd.scoring import result_table
 from kd.student_run import StudentRun, train_group
-from kd.teacher import KeptLogits, Teacher, sha256, teacher_files
-from utils.checkpoint import load_tensors
+from kd.teacher import KeptLogits, Teacher, sha256, teacher_files, teacher_heads
 from utils.ddp import World
 from utils.dry_run import print_values
 from utils.init_script import init_script
@@ -97,7 +96,7 @@ def train_left(left: list[tuple[KdConfig, RunFolder]], world: World, flag: StopF
     teachers = [Teacher(name, path, data, bf16, world.device) for name, path in files]
     for (_, path), digest in zip(files, said.values(), strict=True):
         log.info(f"teacher: {path} (sha256 {digest})")
-    heads = load_tensors(files[0][1].with_name(HEADS)) if first.views == "turned" and files else {}
+    heads = teacher_heads(files[0][1]) if first.views == "turned" and files else {}
     batches = Batches(data, first, world, max(cfg.epochs for cfg, _ in left))
     if first.views == "bags":
         rows = rows_of(teachers[0].net, data, data.train, torch.arange(len(data.train)), first, world)

@@ -4,18 +4,28 @@ A lone `python program.py` gets a real process group of size one, so there is no
 the CPU travel through gloo, tensors on a GPU through nccl.
 """
 
+import json
+import math
 import os
+import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from config import ConfigError
+
+TIMEOUT = "RANK_TIMEOUT_MINUTES"
+LONGEST = 7 * 24 * 60  # minutes
+# What torch says where another rank does not come, does not answer, or has gone.
+LOST = re.compile("timed? ?out|by peer|broken pipe|no route|unreachable|refused|remote process|failed to recv", re.I)
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,18 @@ def environment_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def environment_timeout() -> timedelta:
+    """How long a rank waits for the others: RANK_TIMEOUT_MINUTES, or an hour. Raises ConfigError for no such time."""
+    text = os.environ.get(TIMEOUT, "60")
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes <= LONGEST:
+        raise ConfigError(f"{TIMEOUT}={text}: expected minutes above 0, {LONGEST} (a week) at most")
+    return timedelta(minutes=minutes)
+
+
 def choose_device(gpu: str | None) -> torch.device:
     """The device of this rank: cuda:{gpu[LOCAL_RANK]}, cuda:LOCAL_RANK without --gpu, or the CPU.
 
@@ -112,22 +134,51 @@ def choose_device(gpu: str | None) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_minutes: float = 60) -> Iterator[World]:
-    """Join the process group, leave it together on the way out."""
-    rank, size = environment_rank(), environment_size()
-    store = None if "RANK" in os.environ else dist.HashStore()
+def process_group(device: torch.device) -> Iterator[World]:
+    """Join the process group, leave it together on the way out. Raises ConfigError when other ranks do not answer."""
+    rank, size, timeout = environment_rank(), environment_size(), environment_timeout()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes)
-    )
     try:
-        world = World(rank, size, device)
-        yield world
-        world.barrier()  # a rank that raised skips this, and the launcher ends the others
-    finally:
-        dist.destroy_process_group()
+        store = own_store(rank, size, timeout) if "RANK" in os.environ else dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        try:
+            world = World(rank, size, device)
+            yield world
+            world.barrier()  # a rank that raised skips this, and the launcher ends the others
+        finally:
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).split("\n")[0]).split(". ")[0]
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()) or not LOST.search(reason):
+            raise
+        waited = f"{TIMEOUT} is {timeout.total_seconds() / 60:.3g}"
+        raise ConfigError(
+            f"rank {rank} of {size}: another rank is lost ({reason}; {waited}): see what its host says; the same "
+            "command goes on from the last state"
+        ) from error
+
+
+def own_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The launcher's store, which outlives a start (`--max_restarts`), under a name that only its ranks know."""
+    # Rank 0 says its name and whom it sees; another believes a word that has its own name, and says so under rank 0's.
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    own, others, until = uuid4().hex, range(1, size), time.monotonic() + timeout.total_seconds()
+    if rank:
+        store.set(f"name of {rank}", own)
+    while time.monotonic() < until:
+        if rank == 0:
+            store.set("seen", json.dumps([own, *(store.get(f"name of {other}").decode() for other in others)]))
+            if store.check([f"{own} {other}" for other in others]):
+                return dist.PrefixStore(own, store)
+        else:
+            first, *seen = json.loads(store.get("seen"))
+            if own in seen:
+                store.set(f"{first} {rank}", "")
+                return dist.PrefixStore(first, store)
+        time.sleep(0.02)
+    raise dist.DistStoreError("timed out while the ranks were to find each other")
 
 
 def assign(costs: Sequence[float], ranks: int) -> list[list[int]]:

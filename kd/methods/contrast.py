@@ -109,10 +109,11 @@ def crd_loss(
 def crd_remember(
     memory: CrdMemory, student: Tensor, teacher: Tensor, ids: Tensor, scale: Tensor, momentum: float
 ) -> None:
-    """Move rows `ids` [B] of the memory towards embeddings [B, D], keep normalisers [2]: in place, after backward."""
+    """Move rows `ids` [B] of the memory towards embeddings [B, D], keep the first normalisers [2]: in place, after
+    backward."""
     for bank, x in ((memory.student, student), (memory.teacher, teacher)):
         bank[ids] = unit(momentum * bank[ids] + (1 - momentum) * x.to(bank.dtype))
-    memory.scale.copy_(scale)
+    memory.scale.copy_(torch.where(memory.scale > 0, memory.scale, scale))
 
 
 def bags(features: Tensor, size: int, chunk: int = 1024) -> Tensor:

@@ -42,6 +42,7 @@ class Seen(NamedTuple):
     step: int
     rank: tuple[int, ...] = ()  # of draws: nothing on the first rank
     temperature: Tensor | None = None  # [B] or [1], learned; None: the term's own
+    again: float = 1.0  # what a mean over those that come again counts for beside one over all
 
 
 class Shapes(NamedTuple):
@@ -65,7 +66,8 @@ def pairs(student: Shapes, teacher: Shapes) -> list[tuple[int, int]]:
 class Term(nn.Module):
     """A part of the loss beside cross-entropy."""
 
-    reads_rows = reads_maps = learns_temperature = False
+    reads_rows = reads_maps = False
+    taught = True  # by a teacher: there is one of the term for every teacher
 
     def __init__(self, weight: float, warmup: float = 0) -> None:
         super().__init__()
@@ -82,8 +84,6 @@ class Term(nn.Module):
 class LogitTerm(Term):
     """KD, DKD, NKD, of regions or standardised or both."""
 
-    learns_temperature = True
-
     def __init__(self, settings: LossConfig, weight: float, warmup: float) -> None:
         super().__init__(weight, warmup)
         self.settings = settings
@@ -97,8 +97,6 @@ class LogitTerm(Term):
 
 class DistTerm(Term):
     """DIST."""
-
-    learns_temperature = True
 
     def __init__(self, s: relations.Dist) -> None:
         super().__init__(s.WEIGHT)
@@ -267,7 +265,7 @@ class HsakdTerm(Term):
 class HsakdTeacherTerm(Term):
     """HSAKD's first phase: a network without a teacher learns its heads."""
 
-    reads_maps = True
+    reads_maps, taught = True, False
 
     def __init__(self, student: Shapes, classes: int) -> None:
         super().__init__(1.0)
@@ -313,6 +311,8 @@ class BingoTerm(Term):
 class DlbTerm(Term):
     """DLB: the student's pass is of new samples, then of those of the batch before in another view."""
 
+    taught = False
+
     def __init__(self, s: Dlb) -> None:
         super().__init__(s.WEIGHT)
         self.s = s
@@ -326,8 +326,10 @@ class DlbTerm(Term):
         again, ids = logits[seen.fresh :], seen.ids[seen.fresh :]
         if self.last is None or not len(ids):
             return logits.new_zeros(())
-        match = self.last.ids == ids[:, None]
-        return last_batch_loss(again, self.last.logits[match.int().argmax(1)], self.s.TEMPERATURE, match.any(1))
+        last = LastBatch(*(x.to(ids.device) for x in self.last))  # a checkpoint's are on the CPU
+        match = last.ids == ids[:, None]
+        known, before = match.any(1), last.logits[match.int().argmax(1)]
+        return seen.again * last_batch_loss(again, before, self.s.TEMPERATURE, known)
 
     def remember(self, spread: Spread) -> None:
         """Keep the new samples' logits."""
