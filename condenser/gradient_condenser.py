@@ -6,6 +6,7 @@ the set, by CE(f(x), y) + lbd * MSE(phi(E_L(x)), F).
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -161,6 +162,12 @@ class GradientCondenser(Learner):
             if turn + 1 < outer:
                 self.train(net, inner, done * outer + turn)
         return sums | {"count": float(len(self.classes))}
+
+    def seen(self, done: int) -> dict[str, Any]:
+        """Of every class of this rank the real samples of every step."""
+        outer, _ = self.settings.loops
+        keys = range(done * outer, (done + 1) * outer)
+        return {"classes": {c: [self.sampler.draw(c, key).tolist() for key in keys] for c in self.classes}}
 
     def match(self, net: ImageNetwork, key: int) -> dict[str, float]:
         """One step on images and labels against draw `key` of real images: sums of the losses over the classes."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from condenser.synthetic_set import SyntheticSet
 from config import ConfigError, LocalPath, Section
 from utils.augment import AugType
-from utils.checkpoint import load_pth, save_pth
+from utils.checkpoint import keep_state, last_state
 from utils.ddp import World, sync_distributed_metric
 from utils.progress import Progress
 from utils.report import loss_curve
-from utils.run_folder import RunFolder, log
+from utils.run_folder import RunFolder, keep_batch, log
 from utils.stopping import StopFlag, Stopped
 
 NOT_CURVES = ("iteration", "scale_low", "scale_mean", "scale_high")
@@ -88,6 +88,10 @@ class Learner(ABC):
     def gather(self) -> SyntheticSet | None:
         """The whole set on rank 0."""
 
+    def seen(self, done: int) -> dict[str, Any]:
+        """Plain names of what iteration number `done` saw on this rank: classes, sample ids."""
+        return {}
+
     def logged(self) -> dict[str, float]:
         """What is logged besides, the same on every rank."""
         return {}
@@ -125,8 +129,11 @@ def learning_loop(learner: Learner, run: RunFolder, flag: StopFlag, score: Score
         stop, count = int(sums.pop("stop")), sums.pop("count")
         values = {"iteration": done, **{name: value / count for name, value in sums.items()}}
         if not all(map(math.isfinite, sums.values())):
+            batches = world.gather_values(learner.seen(done - 1))
+            file = keep_batch(run.folder, done, batches) if world.main else run.folder
             raise ConfigError(
-                f"iteration {done}: the loss is not finite; the last saved state is kept: lower lr_img (and lr_feat)"
+                f"iteration {done}: the loss is not finite; the last saved state is kept, what was seen stands in "
+                f"{file}: lower lr_img (and lr_feat)"
             )
         note = " ".join(f"{name} {values[name]:.3f}" for name in own if name != "count")
         values |= learner.logged()
@@ -180,14 +187,15 @@ def save_state(learner: Learner, path: Path, done: int, best: float) -> None:
             own = moments[moment] if moments else torch.zeros(0)
             rows[f"{name} moment {moment}"] = gathered(world, own, part.owners) if by_row else own
     if world.main:
-        save_pth(path, {"iteration": done, "best": best, "rows": rows, **learner.state()})
+        keep_state(path, {"iteration": done, "best": best, "rows": rows, **learner.state()})
 
 
 def resume(learner: Learner, path: Path) -> tuple[int, float]:
-    """Load this rank's rows of the last state; returns (iterations done, best score)."""
-    if not learner.world.broadcast(path.exists()):
+    """Load this rank's rows of the last readable state; returns (iterations done, best score)."""
+    state = last_state(path) if learner.world.main else None
+    if not learner.world.broadcast(state is not None):
         return 0, -1.0
-    state = load_pth(path)
+    state = state or last_state(path)
     try:
         rows, done, best = state["rows"], int(state["iteration"]), float(state["best"])
         for name, part in learner.learned.items():
@@ -202,7 +210,7 @@ def resume(learner: Learner, path: Path) -> tuple[int, float]:
                     moment = value[own].to(part.own.device) if value.ndim else value
                     part.optimizer.state[part.own][key.removeprefix(f"{name} moment ")] = moment
         learner.load_state(state)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ConfigError(
             f"{path}: not a state of this run ({error}): delete it, or start again with --overwrite"
         ) from error

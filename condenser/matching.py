@@ -191,18 +191,25 @@ class ClassCondenser(Learner):
 
     # One iteration: teacher state and real side, then the two losses.
 
+    def state_key(self, iteration: int) -> int:
+        """Number of the teacher state of an iteration, and of its draw of real samples."""
+        block, states = iteration // self.settings.refresh, self.settings.teacher_states
+        return int(torch.randint(states, (1,), generator=generator(self.seed, "state", block))) if states else block
+
+    def seen(self, done: int) -> dict[str, Any]:
+        """The teacher state's number, and of every class of this rank its real samples."""
+        key = self.state_key(done)
+        return {"teacher_state": key, "classes": {c: self.sampler.draw(c, key).tolist() for c in self.classes}}
+
     def prepare(self, iteration: int) -> None:
         """Load the teacher state of an iteration and its real side, unless it is the one at hand."""
-        s, block = self.settings, iteration // self.settings.refresh
-        key = block
-        if s.teacher_states:
-            key = int(torch.randint(s.teacher_states, (1,), generator=generator(self.seed, "state", block)))
+        key = self.state_key(iteration)
         if key == self.key:
             return
         self.key = key
         self.draw_state(key)
         if key not in self.kept:
-            if not s.teacher_states:
+            if not self.settings.teacher_states:
                 self.kept.clear()
             self.kept[key] = self.real_side(key)
 

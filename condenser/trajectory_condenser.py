@@ -8,8 +8,9 @@ both only change the order of sums. More starts are another estimator: less nois
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -204,7 +205,7 @@ class TrajectoryCondenser(Learner):
         s, world = self.settings, self.world
         found, skipped = {"match": 0.0, "alpha": 0.0, "count": 0.0}, 0
         sums = [torch.zeros_like(leaf) for leaf in (*self.leaves, self.raw_rate)]
-        mine = range(s.starts) if self.shares_samples else world.share([1.0] * s.starts)
+        mine = self.own_starts
         for number in mine:
             start = self.draw(done, number)
             match = self.match(start)
@@ -251,9 +252,34 @@ class TrajectoryCondenser(Learner):
             part.optimizer.step()
             part.own.grad = None
 
+    @property
+    def own_starts(self) -> Sequence[int]:
+        """Numbers of the students of an iteration that this rank follows."""
+        every = self.settings.starts
+        return range(every) if self.shares_samples else self.world.share([1.0] * every)
+
+    def seen(self, done: int) -> dict[str, Any]:
+        """Of every student the expert, its epoch and, by step, the learned samples and their classes."""
+        drawn = [self.choose(done, number) for number in self.own_starts]
+        return {
+            "starts": [
+                {"expert": expert, "epoch": epoch, "samples": [ids.tolist() for ids in batches],
+                 "classes": [self.owner[ids].tolist() for ids in batches]}
+                for expert, epoch, batches in drawn
+            ]
+        }  # fmt: skip
+
     def draw(self, done: int, number: int) -> Start:
+        """A student of an iteration, with the snapshots that it lies between."""
+        expert, epoch, batches = self.choose(done, number)
+        theta, target = (
+            self.experts.draw(expert, t).to(self.world.device) for t in (epoch, epoch + self.settings.expert_epochs)
+        )
+        return Start((done, number), theta, target, batches)
+
+    def choose(self, done: int, number: int) -> tuple[int, int, list[Tensor]]:
         """Expert, epoch and batches of a student."""
-        s, device = self.settings, self.world.device
+        s = self.settings
         gen = generator(self.seed, "trajectory", done, number)
         expert = int(torch.randint(len(self.experts), (1,), generator=gen))
         window = start_window(
@@ -261,8 +287,7 @@ class TrajectoryCondenser(Learner):
             s.first_window < s.max_start_epoch,
         )  # fmt: skip
         epoch = window[int(torch.randint(len(window), (1,), generator=gen))]
-        theta, target = (self.experts.draw(expert, t).to(device) for t in (epoch, epoch + s.expert_epochs))
-        return Start((done, number), theta, target, list(self.batches(gen)))
+        return expert, epoch, list(self.batches(gen))
 
     def batches(self, gen: torch.Generator) -> Iterator[Tensor]:
         """Samples [B] of every step: parts of one shuffled set after another, the last part of each maybe smaller."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -111,7 +112,7 @@ def parse_command_line(
 
 def _config(text: str) -> tuple[Path, tuple[str, ...]]:
     """A file, or a file with overrides of its own as in "FILE M=[1,2] SEED=1"."""
-    words = [text] if Path(text).exists() else shlex.split(text) or [""]
+    words = [text] if os.access(text, os.F_OK) else shlex.split(text) or [""]
     return absolute(words[0], Path.cwd()), tuple(words[1:])
 
 
@@ -159,5 +160,5 @@ def _in_order(argv: Sequence[str], flags: set[str], valued: set[str]) -> list[st
         else:
             words.append(name + equals + value)
     if problems and not {"-h", "--help"} & set(words):
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(" ".join(problem.splitlines()) for problem in problems))
     return words

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from os.path import normpath, relpath
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from config.schema import ConfigError, nearest
 
 COMMAND_LINE = "command line"
 _TAG = "tag:yaml.org,2002:"
+_MOST = 100_000  # values of a file, with those behind aliases
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
 _NUMBER = re.compile(
     r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -68,6 +70,24 @@ class _Loader(yaml.SafeLoader):
         return self.file if self.file == COMMAND_LINE else f"{self.file}:{line}"
 
 
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    value = loader.construct_yaml_int(node)
+    if value.bit_length() > 64:
+        raise ValueError(f"an integer of {value.bit_length()} bits; 64 are the most")
+    return value
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in a node, those behind an alias wherever it stands."""
+    if id(node) not in known:
+        known[id(node)] = 1  # a node inside itself is refused later
+        inner = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        if isinstance(node, yaml.CollectionNode):
+            known[id(node)] += sum(_size(child, known) for child in inner)
+    return known[id(node)]
+
+
+_Loader.add_constructor(_TAG + "int", _integer)
 _Loader.add_implicit_resolver(_TAG + "int", _INTEGER, list("-+0123456789"))
 _Loader.add_implicit_resolver(_TAG + "float", _NUMBER, list("-+.0123456789"))
 
@@ -82,8 +102,10 @@ def parse(text: str | bytes, file: str, folder: Path, problems: list[str]) -> An
     try:
         loader = _Loader(text, file, folder, problems)
         node = loader.get_single_node()
+        if node is not None and _size(node, {}) > _MOST:
+            raise ValueError(f"more than {_MOST} values, those behind aliases counted")
         return None if node is None else loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark and file != COMMAND_LINE else ""
         reason = getattr(error, "problem", None) or str(error)
@@ -112,7 +134,7 @@ def read_layers(
     base = tree.pop("base", None)
     if base is None:
         return [tree]
-    if not isinstance(base.value, str):
+    if not isinstance(base.value, str) or "\0" in base.value:
         raise ConfigError(f"{base.place}: base: the name of one YAML file is needed")
     above = (*above, path)
     return [*read_layers(path.parent / base.value, program_folder, problems, base.place, above), tree]
@@ -127,7 +149,7 @@ def read_override(text: str, problems: list[str]) -> dict[str, Given]:
     try:
         given = Given(parse(value, COMMAND_LINE, folder, problems), COMMAND_LINE, folder)
     except ConfigError as error:
-        raise ConfigError(str(error).replace(COMMAND_LINE, f"{COMMAND_LINE}: {key}: '{value}'", 1)) from error
+        raise ConfigError(str(error).replace(COMMAND_LINE, f"{COMMAND_LINE}: {key}: '{value[:80]}'", 1)) from error
     for part in reversed(key.strip().split(".")[1:]):
         given = Given({part: given}, COMMAND_LINE, folder)
     return {key.strip().split(".")[0]: given}

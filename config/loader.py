@@ -63,8 +63,8 @@ def add_args_from_yaml(schema: type[T], path: Path, overrides: Sequence[str], pr
             problems.append(str(error))
     builder = _Builder(schema, shown(Path(path).absolute()), program_folder, problems)
     config = builder.section(schema, layers, "", builder.file)
-    if config is None or problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    if config is None or problems:  # a key or value may have line breaks in it
+        raise ConfigError("\n".join(dict.fromkeys(" ".join(problem.splitlines()) for problem in problems)))
     return Resolved(config, builder.sources)
 
 

@@ -38,7 +38,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def absolute(path: str | Path, folder: Path) -> Path:
-    """The path with `~` expanded, from `folder` if relative, without `..`. ConfigError: no such user."""
+    """The path with `~` expanded, from `folder` if relative, without `..`. ConfigError: no such user, a NUL in it."""
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r}: no path has a NUL character")
     try:
         return Path(os.path.normpath(folder.absolute() / Path(path).expanduser()))
     except RuntimeError as error:

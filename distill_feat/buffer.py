@@ -27,7 +27,7 @@ from condenser.trajectory import flat_parameters, gsam_direction, set_parameters
 from config import CommandLine, ConfigError, LocalPath, Option, Resolved, Section, named, nested
 from distill_feat.feat_names import DATA_OPTIONS, MODELS
 from utils.augment import AugType, draw_augmentation
-from utils.checkpoint import load_pth, save_pth
+from utils.checkpoint import drop_state, keep_state, last_state
 from utils.ddp import World, assign, environment_rank, environment_size
 from utils.dry_run import print_values
 from utils.expert_buffers import ExpertNotes, ExpertWriter, convert_replay, expert_file, parameters_of
@@ -37,7 +37,7 @@ from utils.losses import task_loss
 from utils.normaliser import Zca, load_zca
 from utils.program import leave, run_program
 from utils.progress import Progress
-from utils.run_folder import RunFolder, claim, log, short_hash
+from utils.run_folder import RunFolder, claim, keep_batch, log, short_hash
 from utils.stopping import StopFlag, stop_flag
 from utils.streams import generator
 from utils.utils_image import ImageCorpus, ImageDatasetConfig, ImageSet, load_images
@@ -222,9 +222,13 @@ class ExpertJob:
         net = fresh(self.cfg, self.channels, expert).to(self.world.device).train()
         w = flat_parameters(net)
         speed, epoch = torch.zeros_like(w), 0
-        if writer.goes_on and state_file.exists():
-            state = load_pth(state_file)
-            w, speed, epoch = state["w"].to(w), state["speed"].to(w), state["epoch"]
+        state = last_state(state_file)
+        try:
+            if state is not None and writer.reaches(state["epoch"]):
+                w, speed, epoch = state["w"].to(w).view_as(w), state["speed"].to(w).view_as(w), state["epoch"]
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ConfigError(f"{state_file}: not a state of this expert ({error}): delete it") from error
+        if epoch:
             log.info(f"expert {expert}: resumed after epoch {epoch}")
         else:
             writer.put(0, w)
@@ -232,6 +236,7 @@ class ExpertJob:
         progress = Progress(f"expert {expert}", e.last * steps, epoch * steps, self.world.main)
         while epoch < e.last:
             order = torch.randperm(self.counts[0], generator=generator(e.seed, "expert order", expert, epoch))
+            finite = torch.zeros((), dtype=torch.long, device=w.device)  # steps of this epoch; read at its end
             for step, which in enumerate(order.split(e.batch_train)):
                 self.flag.check()
                 x, targets = self.read(which)
@@ -240,18 +245,21 @@ class ExpertJob:
                 direction = slope(w) if e.rho_max is None else gsam_direction(slope, w, e.rho_max, e.alpha)
                 speed = e.mom * speed + direction
                 w = w.add(speed, alpha=-e.lr_teacher)
+                finite += w.isfinite().all()
                 progress.step()
             epoch += 1
-            if not w.isfinite().all():
+            if (step := int(finite)) < steps:
+                batch = {"expert": expert, "epoch": epoch, "samples": order.split(e.batch_train)[step].tolist()}
+                seen = keep_batch(self.folder, (epoch - 1) * steps + step + 1, batch)
                 raise ConfigError(
-                    f"expert {expert}: its weights are not finite after epoch {epoch}: lower lr_teacher "
-                    f"({e.lr_teacher}), mom or rho"
+                    f"expert {expert}: its weights are not finite from step {step + 1} of epoch {epoch} on (its batch: "
+                    f"{seen}): lower lr_teacher ({e.lr_teacher}), mom or rho"
                 )
             writer.put(epoch, w)
-            save_pth(state_file, {"w": w, "speed": speed, "epoch": epoch})
+            keep_state(state_file, {"w": w, "speed": speed, "epoch": epoch})
         progress.close()
         writer.finish()
-        state_file.unlink(missing_ok=True)
+        drop_state(state_file)
         set_parameters(net, w)
         return self.accuracy(net)
 

@@ -18,12 +18,12 @@ from kd.learner import Learner
 from kd.methods.terms import Pass
 from kd.scoring import hits, shares
 from kd.teacher import KeptLogits, Regions, Teacher
-from utils.checkpoint import load_pth, save_pth, save_tensors
+from utils.checkpoint import keep_state, last_state, save_tensors
 from utils.ddp import World
 from utils.image_networks import ImageNetwork
 from utils.kd_networks import kd_network
 from utils.progress import Progress
-from utils.run_folder import RunFolder, log
+from utils.run_folder import RunFolder, keep_batch, log
 from utils.stopping import StopFlag, Stopped
 from utils.streams import stream_seed
 from utils.utils_image import ImageSet
@@ -67,7 +67,8 @@ class StudentRun:
         s = cfg.SOLVER
         self.optimizer = torch.optim.SGD(self.learner.groups(s.WEIGHT_DECAY), s.LR, s.MOMENTUM)
         self.done, self.best, self.best_epoch, self.seconds = 0, -1.0, 0, 0.0
-        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # ce, loss, hits, samples of the epoch
+        # Of the epoch: ce, loss, hits, samples, and steps with a finite loss.
+        self.sums = torch.zeros(5, dtype=torch.float64, device=world.device)
         self.resume()
         self.module: nn.Module = self.learner
         if world.size > 1:
@@ -82,9 +83,10 @@ class StudentRun:
     def resume(self) -> None:
         """Take over the last state. Raises ConfigError for another run's."""
         path = self.folder.folder / STATE
-        if not self.world.broadcast(path.exists()):
+        state = last_state(path) if self.world.main else None
+        if not self.world.broadcast(state is not None):
             return
-        state = load_pth(path)
+        state = state or last_state(path)
         try:
             self.net.load_state_dict(state["net"])
             self.learner.terms.load_state_dict(state["terms"])
@@ -121,7 +123,8 @@ class StudentRun:
         with torch.no_grad():
             right = (logits.argmax(1) == batch.labels).sum()
             count = len(batch.labels)
-            self.sums += torch.stack([ce * count, extra * count, right, torch.full_like(right, count)]).double()
+            finite = loss.isfinite()
+            self.sums += torch.stack([ce * count, extra * count, right, torch.full_like(right, count), finite]).double()
         if self.batches.shrinking:
             self.batches.shrinking.note(batch.ids[: batch.fresh], logits[: batch.fresh].detach())
         self.done += 1
@@ -159,12 +162,16 @@ class StudentRun:
         self.average_buffers()
         if self.batches.shrinking:
             self.batches.shrinking.end_epoch(epoch)
-        ce, extra, right, count = self.world.sum(self.sums).tolist()
+        ce, extra, right, count, finite = self.world.sum(self.sums).tolist()
         self.sums.zero_()
         if not math.isfinite(ce + extra):
+            turn = min(int(finite) // self.world.size, len(self.batches.parts) - 1)
+            batch, file = {"epoch": epoch, "samples": self.batches.parts[turn].tolist()}, "not_finite.json"
+            if self.world.main:
+                keep_batch(self.folder.folder, self.batches.starts[epoch - 1] + turn + 1, batch)
             raise ConfigError(
-                f"{self.label}: epoch {epoch}: the loss is not finite; the state of the epoch before is kept: lower "
-                "SOLVER.LR or the weight of the loss"
+                f"{self.label}: epoch {epoch}: the loss is not finite from step {turn + 1} on (see {file}); the "
+                "state of the epoch before is kept: lower SOLVER.LR or the weight of the loss"
             )
         first, five, nll, tested = self.test_counts().tolist()
         top1 = 100 * first / tested
@@ -202,7 +209,7 @@ class StudentRun:
                 "terms": self.learner.terms.state_dict(), "temperature": policy.state_dict() if policy else {},
                 "shrinking": shrinking,
             }  # fmt: skip
-            save_pth(self.folder.folder / STATE, state)
+            keep_state(self.folder.folder / STATE, state)
 
 
 def train_group(

@@ -205,7 +205,7 @@ def compare(world: World, folder: Path) -> float:
     with torch.no_grad():  # Teacher.see has float32
         said = Pass(regions_of(teacher, teacher.layers(ours.x)[-1], run.regions), ours.x[:, 0, 0])
     run.step(ours.batch, [said], 0)
-    ce, extra, _, count = run.sums.tolist()
+    ce, extra, _, count, _ = run.sums.tolist()
     losses = zip(plain.step(), (ce / count, extra / count / run.cfg.weights[1]), strict=True)
     loss_apart = max(abs(a - b) / abs(a) for a, b in losses)
     ends = zip(plain.student.parameters(), run.net.parameters(), before, strict=True)

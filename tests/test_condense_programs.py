@@ -123,7 +123,9 @@ def test_stopped_run_goes_on_with_another_number_of_ranks(base: Lab, stopped: La
 
 
 def break_state(lab: Lab) -> list[str]:
-    (lab.run_folder(copy_run(lab, "broken_state")) / "state.pth").write_bytes(b"not a state")
+    folder = lab.run_folder(copy_run(lab, "broken_state"))
+    for file in (folder / "state.pth", folder / "state.previous.pth"):
+        file.write_bytes(b"not a state")
     return ["broken_state"]
 
 

@@ -116,7 +116,7 @@ def test_an_unfinished_expert_is_none_and_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no expert_"):
         ExpertBuffer(tmp_path)
     second = ExpertWriter(expert_file(tmp_path, 0), notes())
-    assert second.goes_on and not first.goes_on
+    assert second.reaches(2) and not second.reaches(3)
     for epoch in range(3, 5):
         second.put(epoch, rows[epoch])
     second.finish()

@@ -86,7 +86,7 @@ class Begun(NamedTuple):
         """Cross-entropy and what the terms added."""
         before, batch = self.run.sums.clone(), self.batches.get(turn)
         self.run.step(batch, self.said(batch), turn)
-        ce, extra, _, count = (self.run.sums - before).tolist()
+        ce, extra, _, count, _ = (self.run.sums - before).tolist()
         return ce / count, extra / count
 
     def look(self, batch: Batch) -> Pass:

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,19 @@ def previous(path: Path) -> Path:
     return path.with_suffix(f".previous{path.suffix}")
 
 
+def load_checked(path: Path) -> Any:
+    """As `load_pth`, every byte checked against the sums in the file."""
+    value = load_pth(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, RuntimeError, OSError) as error:
+        raise ConfigError(f"{path}: not a saved state ({error}): delete it") from error
+    if wrong:
+        raise ConfigError(f"{path}: damaged (wrong sum of {wrong}): delete it")
+    return value
+
+
 def keep_state(path: Path, value: dict[str, Any]) -> None:
     """Write what a run goes on from, as `save_pth` does; the one before it is kept."""
     atomic_write(path, pth_bytes(value), previous(path))
@@ -131,12 +145,12 @@ def last_state(path: Path) -> Any:
     """
     older = previous(path)
     if not older.exists():
-        return load_pth(path) if path.exists() else None
+        return load_checked(path) if path.exists() else None
     try:
-        return load_pth(path)
+        return load_checked(path)
     except ConfigError:
         try:
-            state = load_pth(older)
+            state = load_checked(older)
         except ConfigError as error:
             raise ConfigError(
                 f"{path}: not readable, nor is the state before it, {older.name}: delete both to start again"

@@ -65,7 +65,7 @@ def read_cache(path: Path) -> Corpus | None:
         splits = [Split(p["texts"], [tuple(row) for row in p["labels"]]) for p in (content["train"], content["test"])]
         corpus = Corpus("docstrings", tuple(content["classes"]), splits[0], None, splits[1], multilabel=True)
         return corpus if corpus.fingerprint == content["fingerprint"] else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

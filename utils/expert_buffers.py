@@ -64,9 +64,8 @@ class ExpertWriter:
     """Writes an expert row by row under another name, which becomes the file's when all are there."""
 
     def __init__(self, path: Path, notes: ExpertNotes) -> None:
-        """Goes on with what a writer of the same notes left behind. Raises ConfigError where it cannot write."""
+        """Keeps what a writer of the same notes left behind. Raises ConfigError where it cannot write."""
         self.path, self.notes, self.partial = path, notes, path.with_suffix(".partial")
-        self.goes_on = self.partial.exists()
         rows, size = notes.shape
         tensor = {"dtype": "F32", "shape": [rows, size], "data_offsets": [0, 4 * rows * size]}
         head = json.dumps({"__metadata__": {"expert": notes.model_dump_json()}, "snapshots": tensor}).encode()
@@ -94,6 +93,11 @@ class ExpertWriter:
         if self.notes.first <= epoch <= self.notes.last:
             row = self.start + 4 * self.notes.size * (epoch - self.notes.first)
             self.write(row, snapshot.detach().cpu().float().numpy().tobytes())
+
+    def reaches(self, epoch: int) -> bool:
+        """Whether the file is so long that it has the snapshots up to `epoch`."""
+        rows = min(epoch, self.notes.last) - self.notes.first + 1
+        return self.partial.stat().st_size >= self.start + 4 * self.notes.size * rows
 
     def finish(self) -> None:
         """Give the file its name."""

@@ -2,7 +2,10 @@
 
 import gzip
 import io
+import math
 import pickle
+import pickletools
+import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,10 +34,14 @@ SUBSETS = {
     "imageyellow": "n02206856 n12057211 n07753592 n07749582 n12144580 "
     "n04146614 n03530642 n02129165 n01773157 n01531178",
 }  # fmt: skip
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # by content; others of Pillow's run programs (EPS)
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+MATRIX, PACKED = 14, 15  # types of MATLAB's elements, and of its numbers
+NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8"}
+LARGEST = 2**30  # bytes of a part in memory, whatever a file says of itself
 DAMAGE = (  # what parsers raise on bytes that are not theirs
     OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError, RuntimeError,
-    pickle.UnpicklingError, zlib.error,
+    pickle.UnpicklingError, zlib.error, struct.error,
 )  # fmt: skip
 
 
@@ -56,19 +63,54 @@ class RawImages:
     val: RawSplit | None = None
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain values, and runs nothing else."""
+class Pixels:
+    """Stands for NumPy's array in a pickle: of bytes only, no more of them than the file has."""
 
-    ALLOWED = frozenset({
-        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
-        ("numpy", "dtype"), ("_codecs", "encode"),
-    })  # fmt: skip
+    found = np.empty((0, 0), np.uint8)
+
+    def __init__(self, *parts: object) -> None:
+        """Takes any words, as constructors of arrays do."""
+
+    def __setstate__(self, state: Any) -> None:
+        """NumPy's (version, shape, type, column order, content). Raises ValueError where they do not fit."""
+        _, shape, kind, columns, content = state
+        if kind != "u1":
+            raise ValueError("holds an array of another type than bytes")
+        raw = content.encode("latin1") if isinstance(content, str) else content
+        self.found = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if columns else "C")
+
+
+class Code(str):
+    """Stands for NumPy's type in a pickle: its letters."""
+
+    def __new__(cls, code: str, *more: object) -> "Code":
+        """Whether it is to be copied does not matter."""
+        return super().__new__(cls, code)
+
+    def __setstate__(self, state: object) -> None:
+        """The order of a byte's bytes does not matter."""
+
+
+def latin(text: str, encoding: str) -> bytes:
+    """Stands for the encoder by which old pickles hold bytes. Raises ValueError for another encoding."""
+    if encoding != "latin1":
+        raise ValueError(f"holds text in {encoding!r}")
+    return text.encode("latin1")
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Reads arrays of bytes and plain values; nothing of NumPy's, or of anybody else's, runs."""
+
+    KNOWN = {
+        "numpy.core.multiarray _reconstruct": Pixels, "numpy._core.multiarray _reconstruct": Pixels,
+        "numpy ndarray": Pixels, "numpy dtype": Code, "_codecs encode": latin,
+    }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        """Only what rebuilds an array."""
-        if (module, name) not in self.ALLOWED:
+        """Only what stands for the parts of an array."""
+        if f"{module} {name}" not in self.KNOWN:
             raise pickle.UnpicklingError(f"asks for {module}.{name}")
-        return super().find_class(module, name)
+        return self.KNOWN[f"{module} {name}"]
 
 
 @contextmanager
@@ -77,6 +119,8 @@ def reading(path: Path, kind: str, *more: type[Exception]) -> Iterator[None]:
     expected: tuple[type[Exception], ...] = (*DAMAGE, *more)
     try:
         yield
+    except ConfigError:
+        raise
     except expected as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{path}: not {kind} ({reason[:120]}): fetch it again or remove it") from error
@@ -155,18 +199,30 @@ def read_cifar(meta: Path, train: Sequence[Path], test: Path, names: str, key: s
     def split(path: Path) -> tuple[Tensor, Tensor]:
         with reading(path, "a file of CIFAR"):
             part = unpickle(path)
-            images = torch.from_numpy(np.array(part["data"])).reshape(-1, 3, 32, 32)
-            return fitting(images, torch.tensor(part[key]), len(classes))
+            images, labels = torch.tensor(part["data"].found).reshape(-1, 3, 32, 32), plain(part[key], int)
+            return fitting(images, torch.tensor(labels), len(classes))
 
     with reading(meta, "a file of CIFAR"):
-        classes = tuple(map(str, unpickle(meta)[names]))
+        classes = tuple(plain(unpickle(meta)[names], str))
     images, labels = (torch.cat(parts) for parts in zip(*map(split, train), strict=True))
     return RawImages(classes, RawSplit(images, labels), RawSplit(*split(test)))
 
 
+def plain(values: object, kind: type) -> list[Any]:
+    """A list of values of that kind. Raises ValueError for anything else."""
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise ValueError(f"holds no list of {kind.__name__}")
+    return values
+
+
 def unpickle(path: Path) -> dict[str, Any]:
     """One of CIFAR's files. Raises what a damaged pickle may."""
-    value = SafeUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    raw = path.read_bytes()
+    for number, (opcode, word, _) in enumerate(pickletools.genops(raw)):
+        # A place in the unpickler's memory is made at once, with all before it.
+        if "PUT" in opcode.name and isinstance(word, int) and not 0 <= word <= number:
+            raise ValueError(f"names place {word} in step {number}")
+    value = SafeUnpickler(io.BytesIO(raw), encoding="latin1").load()
     if not isinstance(value, dict):
         raise ValueError(f"holds a {type(value).__name__}")
     return value
@@ -189,29 +245,67 @@ def idx_array(folder: Path, stem: str, ndim: int) -> Tensor:
     found = [p for p in (folder / stem, folder / f"{stem}.gz", *folder.glob(f"*/{stem}*")) if p.is_file()]
     if not found:
         raise ConfigError(f"dataset.data_dir: {folder} holds no {stem} or {stem}.gz")
-    with reading(found[0], "an IDX file"):
-        raw = found[0].read_bytes()
-        raw = gzip.decompress(raw) if found[0].suffix == ".gz" else raw
-        if raw[:4] != bytes((0, 0, 8, ndim)):  # 8: unsigned bytes
-            raise ValueError(f"begins with {raw[:4].hex()}")
-        shape = np.frombuffer(raw, ">u4", count=ndim, offset=4)
-        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy())
+    with (
+        reading(found[0], "an IDX file"),
+        gzip.open(found[0]) if found[0].suffix == ".gz" else found[0].open("rb") as file,
+    ):
+        head = file.read(4 + 4 * ndim)
+        if head[:4] != bytes((0, 0, 8, ndim)):  # 8: unsigned bytes
+            raise ValueError(f"begins with {head[:4].hex()}")
+        shape = struct.unpack(f">{ndim}I", head[4:])
+        if math.prod(shape) > LARGEST:
+            raise ValueError(f"images of {math.prod(shape)} bytes; {LARGEST} are the most")
+        raw = file.read(math.prod(shape) + 1)
+        return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape).copy())
 
 
 def read_svhn(folder: Path) -> RawImages:
     """SVHN's cropped digits, whose label 10 is the digit 0."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     def split(path: Path) -> RawSplit:
-        with reading(path, "a file of SVHN", MatReadError):
-            found = loadmat(path)
+        with reading(path, "a file of SVHN"):
+            found = dict(mat_arrays(path.read_bytes(), ("X", "y")))
             labels = torch.from_numpy(found["y"].astype(np.int64)).flatten()
             images = torch.from_numpy(found["X"].transpose(3, 2, 0, 1).copy())
             return RawSplit(*fitting(images, labels.where(labels != 10, 0), 10))
 
     train, test = find(folder, ["train_32x32.mat", "test_32x32.mat"])
     return RawImages(tuple(map(str, range(10))), split(train), split(test))
+
+
+def mat_arrays(raw: bytes, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Arrays of numbers by name in a MATLAB 5 file, little-endian. Raises what damaged bytes may."""
+    if raw[124:128] != b"\0\1IM":
+        raise ValueError("no MATLAB 5 file")
+    for kind, content in mat_elements(memoryview(raw)[128:], unpack=True):
+        if kind == MATRIX:
+            _, (_, shape), (_, name), (number, values), *_ = mat_elements(content)
+            if (text := bytes(name).decode("ascii")) in names:
+                found = np.frombuffer(values, NUMBERS[number])
+                yield text, found.reshape(np.frombuffer(shape, "<i4"), order="F")
+
+
+def mat_elements(raw: memoryview, unpack: bool = False) -> Iterator[tuple[int, memoryview]]:
+    """(type, content) of the elements that follow each other; packed ones, if asked for, by what is in them."""
+    place = 0
+    while place < len(raw):
+        kind, size = struct.unpack_from("<II", raw, place)
+        begin = place + 8
+        if kind >> 16:  # a short one: both in one word, its content in the other
+            kind, size, begin = kind & 0xFFFF, kind >> 16, place + 4
+        if begin + size > len(raw):
+            raise ValueError("ends early")
+        content = raw[begin : begin + size]
+        place = begin + size
+        if kind == PACKED and unpack:
+            unpacker = zlib.decompressobj()
+            whole = unpacker.decompress(content, LARGEST)
+            if not unpacker.eof:
+                raise ValueError(f"ends early, or has more than {LARGEST} bytes")
+            yield from mat_elements(memoryview(whole))
+        else:
+            place += -place % 8
+            yield kind, content
 
 
 def read_tiny(folder: Path) -> RawImages:

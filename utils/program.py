@@ -1,5 +1,6 @@
 """The frame of every program: command line, configuration, and a user's mistake as one line."""
 
+import errno
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from config import CommandLine, ConfigError, Option, Resolved, Section, add_args
 from utils.ddp import environment_local_rank
 from utils.stopping import Stopped
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a disk says that takes no more
 T = TypeVar("T", bound=Section)
 
 
@@ -54,6 +56,12 @@ def run_group(
             body(every, command)
         except ConfigError as error:
             return complain(error, 1, debug)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            remedy = "free space or choose another save_dir, then run the same command again"
+            return complain(ConfigError(f"{place}cannot be written ({error.strerror}): {remedy}"), 1, debug)
         except Stopped as error:
             if environment_local_rank() == 0:
                 print(error, file=sys.stderr, flush=True)

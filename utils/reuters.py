@@ -5,13 +5,14 @@ import lzma
 import re
 import tarfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from config import ConfigError
+from utils.image_readers import reading
 
+LARGEST = 2**28  # bytes of texts in an archive
 Labelled = tuple[str, str, list[str]]
 DOCUMENT = re.compile(r"<REUTERS(?P<head>[^>]*)>(?P<body>.*?)</REUTERS>", re.DOTALL)
 TOPIC = re.compile(r"<D>(.*?)</D>")
@@ -47,11 +48,17 @@ def read_reuters_release(folder: Path) -> tuple[list[Labelled], list[Labelled]]:
 
 def nltk_zip(path: Path) -> tuple[list[Labelled], list[Labelled]]:
     """NLTK's corpora/reuters.zip, read without unpacking."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return nltk_parts(lambda name: archive.read(f"reuters/{name}"), path)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise ConfigError(f"{path}: not a readable zip file ({error}): fetch it again") from error
+    with reading(path, "a readable zip file", zipfile.BadZipFile, lzma.LZMAError), zipfile.ZipFile(path) as archive:
+        left = LARGEST
+
+        def read(name: str) -> bytes:
+            nonlocal left
+            left -= archive.getinfo(f"reuters/{name}").file_size
+            if left < 0:
+                raise ValueError(f"holds more than {LARGEST} bytes")
+            return archive.read(f"reuters/{name}")
+
+        return nltk_parts(read, path)
 
 
 def nltk_folder(folder: Path) -> tuple[list[Labelled], list[Labelled]]:
@@ -80,12 +87,11 @@ def nltk_parts(read: Callable[[str], bytes], where: Path) -> tuple[list[Labelled
 
 def sgml_archive(path: Path) -> tuple[list[Labelled], list[Labelled]]:
     """The SGML files inside a tar archive, read without unpacking."""
-    try:
-        with tarfile.open(path) as archive:
-            members = sorted((m for m in archive.getmembers() if m.name.endswith(".sgm")), key=lambda m: m.name)
-            return sgml_release((f"{path}/{m.name}", f.read()) for m in members if (f := archive.extractfile(m)))
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise ConfigError(f"{path}: not a readable archive ({error}): fetch it again") from error
+    with reading(path, "a readable archive", tarfile.TarError, lzma.LZMAError), tarfile.open(path) as archive:
+        members = sorted((m for m in archive.getmembers() if m.name.endswith(".sgm")), key=lambda m: m.name)
+        if sum(m.size for m in members) > LARGEST:
+            raise ValueError(f"holds more than {LARGEST} bytes")
+        return sgml_release((f"{path}/{m.name}", f.read()) for m in members if (f := archive.extractfile(m)))
 
 
 def sgml_release(files: Iterable[tuple[str, bytes]]) -> tuple[list[Labelled], list[Labelled]]:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import yaml
 
 from config import ConfigError
-from utils.checkpoint import atomic_write
+from utils.checkpoint import atomic_write, load_json
 from utils.ddp import World
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -30,10 +30,24 @@ def claim(folder: Path, origin: dict[str, str], remedy: str = "start again with 
     path = folder / "origin.json"
     if not path.exists():
         atomic_write(path, json.dumps(origin).encode())
-    elif json.loads(path.read_text()) != origin:
+    elif load_json(path) != origin:
         raise ConfigError(
             f"{folder}: made from other data (was it changed, or for docstrings a package upgraded?): {remedy}"
         )
+
+
+def keep_batch(folder: Path, iteration: int, batch: object) -> Path:
+    """Write not_finite.json, what an iteration saw whose numbers were not finite, by name; returns its path."""
+    path = folder / "not_finite.json"
+    atomic_write(path, json.dumps({"iteration": iteration, "batch": batch}).encode())
+    return path
+
+
+class QuietFile(logging.FileHandler):
+    """A log file that a full disk ends without a word: the next file that is needed says it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing."""
 
 
 class RunFolder:
@@ -60,6 +74,8 @@ class RunFolder:
             raise ConfigError(
                 f"{self.folder}: another process is working on this run; wait for it or stop it"
             ) from error
+        for half in self.folder.glob(".*.*"):  # of a write that was killed
+            half.unlink()
         if overwrite:
             for child in self.folder.iterdir():
                 if child.is_dir():
@@ -70,14 +86,14 @@ class RunFolder:
             self.folder / "args.log",
             yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode(),
         )
-        self.handler = logging.FileHandler(self.folder / "print.log")
+        self.handler = QuietFile(self.folder / "print.log")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(self.handler)
 
     def finished(self) -> dict[str, Any] | None:
         """The result of a finished run, else None; the same on every rank."""
         path = self.folder / RESULT
-        return self.world.broadcast(json.loads(path.read_text()) if self.world.main and path.exists() else None)
+        return self.world.broadcast(load_json(path) if self.world.main and path.exists() else None)
 
     def said_finished(self) -> bool:
         """Whether the run is finished; says so."""
@@ -105,7 +121,7 @@ class RunFolder:
         """Append one line to metrics.jsonl (rank 0), and to TensorBoard where it is installed."""
         if not self.world.main:
             return
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with (self.folder / "metrics.jsonl").open("a") as file:  # what a full disk cuts off is dropped by `rewind`
             file.write(json.dumps(values) + "\n")
         if self.writer is None:
             self.writer = tensorboard_writer(self.folder)
@@ -117,8 +133,11 @@ class RunFolder:
     def metrics(self) -> list[dict[str, float]]:
         """All whole lines of metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().split("\n") if path.exists() else []
-        return [json.loads(line) for line in lines[:-1]]
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        try:
+            return [json.loads(line) for line in lines[:-1]]
+        except ValueError as error:
+            raise ConfigError(f"{path}: damaged ({error}): remove the line, or start again with --overwrite") from error
 
     def rewind(self, iteration: int) -> None:
         """Drop metrics from after a checkpoint at `iteration`, which the resumed run will write again."""

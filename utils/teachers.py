@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from config import ConfigError
-from utils.checkpoint import load_pth, load_tensors, save_pth, save_tensors
+from utils.checkpoint import drop_state, keep_state, last_state, load_tensors, save_tensors
 from utils.ddp import World
 from utils.fit import FitConfig, fit, make_optimizer, supervised
 from utils.progress import Progress
@@ -68,11 +68,13 @@ def train_member(
         save_tensors(init, dict(trainable(net)))
     optimizer, objective = make_optimizer(net, settings), supervised(net, batch, multilabel)
     epoch = 0
-    if resume.exists():
-        state = load_pth(resume)
-        load_state(net, state["net"], resume)
-        optimizer.load_state_dict(state["optimizer"])
-        epoch = state["epoch"]
+    if (state := last_state(resume)) is not None:
+        try:
+            load_state(net, state["net"], resume)
+            optimizer.load_state_dict(state["optimizer"])
+            epoch = int(state["epoch"])
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{resume}: not a state of this teacher ({error}): delete it") from error
         log.info(f"teacher {member}: resumed after epoch {epoch}")
     total = settings.epochs * per_epoch
     progress = Progress(f"teacher {member}", last_epoch * per_epoch, epoch * per_epoch, shown)
@@ -84,11 +86,13 @@ def train_member(
             if flag.number:
                 raise Stopped(flag.number)
         epoch += 1
+        if not loss.isfinite():
+            raise ConfigError(f"teacher {member}: the loss is not finite in epoch {epoch}: lower pretrain.lr")
         if epoch < last_epoch:
-            save_pth(resume, {"epoch": epoch, "net": dict(trainable(net)), "optimizer": optimizer.state_dict()})
+            keep_state(resume, {"epoch": epoch, "net": dict(trainable(net)), "optimizer": optimizer.state_dict()})
     progress.close()
     save_tensors(final, dict(trainable(net)))
-    resume.unlink(missing_ok=True)
+    drop_state(resume)
 
 
 def load_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:

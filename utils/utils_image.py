@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, one_hot
 
 from config import ConfigError
 from utils.data_config import DataConfig
-from utils.image_readers import RawSplit, read_images, reading
+from utils.image_readers import FORMATS, RawSplit, read_images, reading
 from utils.normaliser import Normaliser
 from utils.streams import generator
 
@@ -204,7 +204,10 @@ def decode(path: Path) -> Tensor:
     """A file's image in colour [3, H, W] uint8. Raises ConfigError."""
     from PIL import Image
 
-    with reading(path, "an image", SyntaxError, Image.DecompressionBombError), Image.open(path) as file:
+    with (
+        reading(path, "an image", SyntaxError, Image.DecompressionBombError),
+        Image.open(path, formats=FORMATS) as file,
+    ):
         return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
 
 
