@@ -85,6 +85,7 @@ class StudentRun:
         path = self.folder.folder / STATE
         state = last_state(path) if self.world.main else None
         if not self.world.broadcast(state is not None):
+            self.folder.rewind(0)
             return
         state = state or last_state(path)
         try:

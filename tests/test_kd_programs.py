@@ -295,6 +295,14 @@ def test_pairs_and_overrides_mix_and_the_last_wins(lab: Lab) -> None:
     assert cfg.EXPERIMENT.TAG == "a,b"
 
 
+def test_a_run_killed_before_its_first_state_logs_no_epoch_twice(lab: Lab) -> None:
+    folder = run_folder(lab.config(f"LOG.PREFIX={lab.folder / 'early'}"))
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"iteration": 5, "epoch": 1}\n')
+    assert lab.within("early") == 0
+    assert [line["epoch"] for line in lines(folder)] == [1, 2]
+
+
 def test_quick_is_five_epochs_with_scaled_stages() -> None:
     path = CONFIGS / "cifar100" / "sdd_kd_lskd" / "res32x4_res8x4.yaml"
     cfg = add_args_from_yaml(KdConfig, path, ("QUICK=true",), ROOT).config
