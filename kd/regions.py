@@ -75,10 +75,17 @@ def region_logits(maps: Tensor, head: nn.Linear, scales: Sequence[int], bins: Bi
     Region 0 of scales (1, ...) has the network's own logits if it averages its last map (exact bins). ConfigError:
     as `pool_matrix`.
     """
-    dtype = torch.promote_types(maps.dtype, torch.float32)
-    before, after = _steps(maps.shape[2], maps.shape[3], tuple(scales), bins, dtype, maps.device)
+    dtype, grid = torch.promote_types(maps.dtype, torch.float32), math.lcm(*scales)
+    height, width = maps.shape[2:]
     with torch.autocast(maps.device.type, enabled=False):
-        rows = maps.to(dtype).flatten(2).mT  # [B, H * W, C]
+        maps = maps.to(dtype)
+        even = bins == "exact" and not (height % grid or width % grid) and grid**2 <= sum(m * m for m in scales)
+        if even:  # the finest cells are blocks of pixels: a pooling costs less than a matrix of them
+            maps = F.avg_pool2d(maps, (height // grid, width // grid))
+        before, after = _steps(*maps.shape[2:], tuple(scales), bins, dtype, maps.device)
+        if even:
+            before = None
+        rows = maps.flatten(2).mT  # [B, H * W, C]
         if before is not None:  # [B, R, C], written so that the gradient comes in the layout of the maps
             channels_last = maps.is_contiguous(memory_format=torch.channels_last)
             rows = before @ rows if channels_last else (rows.mT @ before.mT).mT
