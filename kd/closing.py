@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from kd.exported import export_student
-from kd.kd_config import HEADS, LAST, KdConfig, teacher_folder
+from kd.kd_config import KdConfig
 from kd.kd_data import KdData
 from kd.methods.fidelity import fidelity, linear_cka
 from kd.methods.probe import linear_probe
 from kd.methods.terms import HsakdTeacherTerm
+from kd.places import HEADS, LAST, teacher_folder
 from kd.scoring import all_logits, final_scores
 from kd.student_run import StudentRun
 from kd.teacher import Teacher
@@ -37,7 +38,10 @@ def rows_of(
     net: ImageNetwork, data: KdData, part: ImageSet, which: Tensor, cfg: KdConfig, world: World
 ) -> Tensor | None:
     """What a network's head reads [n, D] of the centres of some images, on the CPU of rank 0."""
-    read = lambda ids: net.get_feature_single(data.test_input(part, which[ids], world.device))  # noqa: E731
+
+    def read(ids: Tensor) -> Tensor:
+        return net.get_feature_single(data.test_input(part, which[ids], world.device))
+
     return all_logits(read, len(which), cfg.DATASET.TEST.BATCH_SIZE, world)
 
 
@@ -51,7 +55,10 @@ def finish_all(runs: Sequence[StudentRun], teachers: Sequence[Teacher]) -> list[
     said = None
     if teachers and runs:
         data, world, cfg = runs[0].data, runs[0].world, runs[0].cfg
-        read = lambda which: teachers[0].logits(data.test_input(data.test, which, world.device))  # noqa: E731
+
+        def read(which: Tensor) -> Tensor:
+            return teachers[0].logits(data.test_input(data.test, which, world.device))
+
         logits = all_logits(read, len(data.test), cfg.DATASET.TEST.BATCH_SIZE, world)
         rows = rows_of(teachers[0].net, data, data.test, for_cka(data), cfg, world)
         said = None if logits is None or rows is None else Said(logits, rows)
@@ -77,7 +84,7 @@ def finish(run: StudentRun, said: Said | None) -> dict[str, float]:
     if run.cfg.views == "bags":
         fit_head(run)
     own = all_logits(lambda which: run.logits(data.test, which), len(data.test), batch, world)
-    rows = rows_of(run.net, data, data.test, for_cka(data), run.cfg, world)
+    rows = rows_of(run.net, data, data.test, for_cka(data), run.cfg, world) if run.cfg.distils else None
     held, held_out = None, data.held_out
     if held_out:
         of_held = all_logits(lambda which: run.logits(held_out, which), len(held_out), batch, world)
@@ -85,7 +92,7 @@ def finish(run: StudentRun, said: Said | None) -> dict[str, float]:
     result: dict[str, float] = {}
     if own is not None:
         result = final_scores(own, data.test.labels, held)
-        if said is not None and rows is not None and run.cfg.distils:
+        if said is not None and rows is not None:
             found = fidelity(own, said.logits, data.test.labels)
             result |= {"agreement": found.agreement, "kl_to_teacher": found.kl, "js_to_teacher": found.js}
             result |= {"cka": 100 * linear_cka(rows, said.rows)}

@@ -1,11 +1,11 @@
-"""The requirement's YAML keys as checked settings, and what follows from them: loss, schedule, run folder."""
+"""The requirement's YAML keys as checked settings, and what follows from them: loss and schedule."""
 
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from config import ConfigError, LocalPath, Option, Section, flatten
+from config import ConfigError, LocalPath, Option, Section
 from config.schema import nearest
 from kd.losses import Base, Compat, LossConfig
 from kd.methods.chains import Assistants, Dlb
@@ -17,7 +17,6 @@ from kd.methods.rotations import Hsakd
 from kd.methods.temperature import Ctkd
 from kd.methods.transformer import Tat
 from kd.regions import parse_scales
-from utils.run_folder import short_hash
 
 Views = Literal["plain", "turned", "bags", "twice"]
 METHODS = (
@@ -34,7 +33,6 @@ UNTAUGHT = ("NONE", "DLB", "HSAKD_TEACHER")  # without a teacher
 VIEWS: dict[str, Views] = {"DLB": "twice", "HSAKD": "turned", "HSAKD_TEACHER": "turned", "BINGO": "bags"}
 BASES: dict[str, Base] = {"NONE": "kd", "KD": "kd", "DKD": "dkd", "NKD": "nkd"}
 QUICK_EPOCHS = 5
-LAST, HEADS = "student.safetensors", "heads.safetensors"  # files of a finished run
 OPTIONS = (
     Option("M", "M", "value", 'scales of regions, as in "[1,2,4]"; [1] is the whole image alone'),
     Option("quick", "QUICK", "flag", "5 epochs, decay stages and warm-ups scaled"),
@@ -350,61 +348,3 @@ class KdConfig(Section):
     def warmup(self) -> float:
         """Epochs in which the weight of the loss of logits rises."""
         return {"kd": self.KD.WARMUP, "dkd": self.DKD.WARMUP, "nkd": self.NKD.WARMUP}[self.base_loss]
-
-
-def plain(network: str) -> str:
-    """A network's name without `_sdd`, as folders have it."""
-    return network.removesuffix("_sdd").replace(":", "-").replace("/", "-")
-
-
-def run_name(cfg: KdConfig) -> str:
-    """Method and networks, or EXPERIMENT.NAME."""
-    d = cfg.DISTILLER
-    above = [d.TEACHER, *cfg.ASSISTANTS.NETWORKS] if cfg.distils and d.TEACHER else []
-    method = "vanilla" if d.TYPE == "NONE" else d.TYPE
-    also = [name for name in ("CTKD", "KCD") if getattr(cfg, name)]
-    return cfg.EXPERIMENT.NAME or "_".join(["+".join([method, *also]), *map(plain, [*above, d.STUDENT])])
-
-
-def run_folder(cfg: KdConfig) -> Path:
-    """Folder of a run, which the resolved configuration alone decides; M and seed stand in its name."""
-    elsewhere: tuple[str, ...] = (
-        "DATASET.ROOT", "DATASET.IN_MEMORY", "DATASET.NUM_WORKERS", "DATASET.TEST.", "DISTILLER.TEACHERS",
-        "DISTILLER.TEACHER_PATH", "EXPERIMENT.", "LOG.", "debug", "M",
-    )  # fmt: skip
-    if cfg.DISTILLER.logit_method == "NONE":
-        elsewhere += ("KD.TEMPERATURE", "KD.L", "KD.W", "DKD.", "NKD.", "SDD.", "LSKD.", "COMPAT")
-    if not cfg.distils:
-        elsewhere += ("DISTILLER.TEACHER", "KD.TEACHER_DTYPE")
-    read = {*cfg.DISTILLER.parts} | ({"HSAKD"} if "HSAKD_TEACHER" in cfg.DISTILLER.parts else set())
-    elsewhere += tuple(f"{name}." for name in TERMS if name not in read)
-    elsewhere += tuple(n for n in ("CTKD", "KCD") if not getattr(cfg, n))
-    elsewhere += () if cfg.ASSISTANTS.NETWORKS else ("ASSISTANTS.",)
-    elsewhere += () if cfg.DATASET.VAL_REST else ("DATASET.VAL_REST",)
-    values = {key: value for key, value in flatten(cfg).items() if not key.startswith(elsewhere)}
-    values["M"] = list(cfg.regions)
-    scales = f"_M{'-'.join(map(str, cfg.regions))}" if cfg.distils else ""
-    name = f"{run_name(cfg)}{scales}_seed{cfg.SEED}_{short_hash(values)}"
-    return cfg.LOG.PREFIX / cfg.EXPERIMENT.PROJECT / cfg.DATASET.TYPE / name
-
-
-def teacher_folder(cfg: KdConfig, network: str) -> Path:
-    """The requirement's place: TEACHERS/models/NAME_vanilla for CIFAR-100, else TEACHERS/DATASET/NAME_vanilla.
-
-    Teachers of HSAKD, which have heads of their own, lie in NAME_hsakd.
-    """
-    kind = {"cifar100": "models"}.get(cfg.DATASET.TYPE, cfg.DATASET.TYPE)
-    phase = "hsakd" if cfg.views == "turned" else "vanilla"
-    return cfg.DISTILLER.TEACHERS / kind / f"{plain(network)}_{phase}"
-
-
-def links(cfg: KdConfig) -> list[KdConfig]:
-    """The run of every assistant, in order of training, each taught by the larger ones; then the run itself."""
-    d, above = cfg.DISTILLER, cfg.ASSISTANTS
-    runs = []
-    for number, name in enumerate(above.NETWORKS):
-        chain = above.model_copy(update={"NETWORKS": above.NETWORKS[:number]})
-        parts = {"DISTILLER": d.model_copy(update={"STUDENT": name}), "ASSISTANTS": chain}
-        experiment = cfg.EXPERIMENT.model_copy(update={"NAME": "", "SAVE_AS_TEACHER": False})
-        runs.append(cfg.model_copy(update=parts | {"EXPERIMENT": experiment}))
-    return [*runs, cfg]

@@ -228,6 +228,7 @@ def train_group(
     start, total = min(run.done for run in runs), max(run.total for run in runs)
     progress = Progress("train", total, start, world.main)
     wanted = [run.regions for run in runs if run.teachers]
+    reads_maps = any(run.learner.reads_maps for run in runs)
     current = -1
     for step in range(start, total):
         began = time.monotonic()
@@ -243,7 +244,7 @@ def train_group(
         if kept:
             said = [kept.see(batches.view, batch.ids)]
         else:
-            said = [teacher.see(batch.of_teacher, wanted) for teacher in teachers]
+            said = [teacher.see(batch.of_teacher, wanted, reads_maps) for teacher in teachers]
         shared, ends = time.monotonic() - began, batches.ends(step)
         for run in active:
             began = time.monotonic()

@@ -11,9 +11,10 @@ from torch.fx.experimental.optimization import fuse
 
 from config import ConfigError
 from kd.kd_batches import Batches
-from kd.kd_config import HEADS, LAST, KdConfig, links, run_folder, teacher_folder
+from kd.kd_config import KdConfig
 from kd.kd_data import KdData
 from kd.methods.terms import Pass
+from kd.places import HEADS, LAST, links, run_folder, teacher_folder
 from kd.regions import Bins, pool_matrix, region_logits
 from utils.checkpoint import load_tensors
 from utils.image_networks import ImageNetwork
@@ -97,16 +98,18 @@ class Teacher:
 
     @torch.no_grad()
     def maps(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The map [B, C, H, W] after every block, of inputs [B, channels, size, size], in float32."""
+        """The map [B, C, H, W] after every block, of inputs [B, channels, size, size]."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return tuple(m.float() for m in self.net.layers(x.contiguous(memory_format=torch.channels_last)))
+            return tuple(self.net.layers(x.contiguous(memory_format=torch.channels_last)))
 
     @torch.no_grad()
-    def see(self, x: Tensor, wanted: Iterable[Regions]) -> dict[Regions, Pass]:
-        """A pass of inputs for every set of regions, from one forward."""
+    def see(self, x: Tensor, wanted: Iterable[Regions], reads_maps: bool = True) -> dict[Regions, Pass]:
+        """A float32 pass of inputs for every set of regions, from one forward; no maps if nothing reads them."""
         maps = self.maps(x)
-        rows = self.net.join(maps[-1]).float()
-        return {key: Pass(regions_of(self.net, maps[-1], key), rows, maps) for key in set(wanted)}
+        last = maps[-1].float()
+        kept = (*(m.float() for m in maps[:-1]), last) if reads_maps else ()
+        rows = self.net.join(last)
+        return {key: Pass(regions_of(self.net, last, key), rows, kept) for key in set(wanted)}
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ class KeptLogits:
         for view in range(views):
             batches.begin(view)
             for which in torch.arange(count, device=teacher.device).split(max(batches.batch, 256)):
-                found = teacher.see(batches.input(which), [kept])[kept].regions
+                found = teacher.see(batches.input(which), [kept], reads_maps=False)[kept].regions
                 if self.kept is None:
                     self.kept = found.new_empty((views, count, *found.shape[1:]), dtype=torch.float16)
                 self.kept[view, which] = found.half()

@@ -19,10 +19,11 @@ import torch
 from config import CommandLine, ConfigError, Resolved, flatten, nested
 from kd.closing import finish_all, rows_of
 from kd.kd_batches import Batches
-from kd.kd_config import OF_TEACHER, OPTIONS, SHARED, KdConfig, links, run_folder, run_name
+from kd.kd_config import OF_TEACHER, OPTIONS, SHARED, KdConfig
 from kd.kd_data import load_kd_data
 from kd.losses import suggested_temperature
 from kd.methods.contrast import bags
+from kd.places import links, run_folder, run_name
 from kd.scoring import result_table
 from kd.student_run import StudentRun, train_group
 from kd.teacher import KeptLogits, Teacher, sha256, teacher_files, teacher_heads

@@ -31,8 +31,8 @@ from condenser.feature_labels import FeatureConfig
 from condenser.gradient_condenser import GradientCondenser, GradientConfig
 from condenser.gradient_matching import gradient_distance
 from condenser.synthetic_set import SyntheticSet
-from scripts.versus import seconds
-from utils.ddp import World, choose_device, process_group
+from scripts.versus import add_device, device_of, seconds
+from utils.ddp import World, process_group
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, image_network
 from utils.normaliser import Normaliser
 from utils.program import leave
@@ -184,14 +184,12 @@ def ratios(title: str, sides: dict[str, Callable[[], object]], rounds: int, devi
 def main() -> int:
     """Print the numbers; exit status 1 if the two sides disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add_device(parser)
     parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (default: 5)")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device here")
-    device = torch.device("cpu") if args.device == "cpu" else choose_device(None)
+    device = device_of(parser, args.device)
     shapes = Shapes()
     with process_group(device) as world:
         if compare(world) > 1e-9:

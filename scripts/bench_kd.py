@@ -41,9 +41,9 @@ from kd.losses import distillation_loss
 from kd.methods.terms import Pass
 from kd.student_run import StudentRun
 from kd.teacher import KeptLogits, Teacher, regions_of
-from scripts.versus import seconds
+from scripts.versus import add_device, device_of, seconds
 from utils.checkpoint import save_tensors
-from utils.ddp import World, choose_device, process_group
+from utils.ddp import World, process_group
 from utils.image_networks import ImageNetwork
 from utils.kd_networks import kd_network
 from utils.normaliser import Normaliser
@@ -100,7 +100,7 @@ class Ours:
     def step(self) -> None:
         """One step of the trainer."""
         kept, key = self.kept, self.run.regions
-        said = kept.see(0, self.batch.ids) if kept else self.teacher.see(self.x, [key])
+        said = kept.see(0, self.batch.ids) if kept else self.teacher.see(self.x, [key], self.run.learner.reads_maps)
         self.run.step(self.batch, [said[key]], 0)
 
     def maps(self) -> tuple[Tensor, Tensor]:
@@ -270,14 +270,12 @@ def ratios(title: str, sides: dict[str, tuple[Step, str]], rounds: int, device: 
 def main() -> int:
     """Print the numbers; exit status 1 if the two sides disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add_device(parser)
     parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (default: 5)")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device here")
-    device = torch.device("cpu") if args.device == "cpu" else choose_device(None)
+    device = device_of(parser, args.device)
     with process_group(device) as world, tempfile.TemporaryDirectory() as name:
         return measure(world, Path(name), args.rounds)
 
@@ -320,7 +318,7 @@ def measure(world: World, folder: Path, rounds: int) -> int:
             member.step()
 
     def together() -> None:
-        said = ours.teacher.see(ours.x, [member.run.regions for member in group])
+        said = ours.teacher.see(ours.x, [member.run.regions for member in group], reads_maps=False)
         for member in group:
             member.run.step(ours.batch, [said[member.run.regions]], 0)
 

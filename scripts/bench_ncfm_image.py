@@ -29,6 +29,8 @@ from scripts.versus import (
     SIDES,
     Side,
     Step,
+    add_device,
+    device_of,
     difference,
     frequencies_of,
     ours,
@@ -39,7 +41,7 @@ from scripts.versus import (
     textbook,
     time_side,
 )
-from utils.ddp import World, choose_device, process_group
+from utils.ddp import World, process_group
 from utils.image_networks import ImageNetworkConfig, image_network
 from utils.normaliser import Normaliser
 from utils.program import leave
@@ -148,7 +150,7 @@ def bf16_is_quick(device: torch.device) -> bool:
 def main() -> int:
     """Print the table; exit status 1 if the two sides disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add_device(parser)
     parser.add_argument("--classes", type=int, nargs="+", default=[SMALL.classes], help="several: cost a class of each")
     parser.add_argument("--batch_real", type=int, default=SMALL.batch_real)
     parser.add_argument("--rounds", type=int, default=3, help="after one to warm up (default: 3)")
@@ -156,10 +158,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.rounds < 1 or min(args.classes) < 1 or args.batch_real < 1:
         parser.error("--rounds, --classes and --batch_real must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device here")
     shapes = replace(SMALL, classes=args.classes[0], batch_real=args.batch_real)
-    device = torch.device("cpu") if args.device == "cpu" else choose_device(None)
+    device = device_of(parser, args.device)
     if not args.only:  # first of all: a process inherits the peak of the one that starts it
         peaks = {side: peak_alone("scripts.bench_ncfm_image", side) for side in SIDES}
         print("peak memory, GB: " + ", ".join(f"{side} {value:.2f}" for side, value in peaks.items()), flush=True)

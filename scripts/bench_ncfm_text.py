@@ -30,6 +30,8 @@ from scripts.versus import (
     SIDES,
     Side,
     Step,
+    add_device,
+    device_of,
     difference,
     frequencies_of,
     ours,
@@ -39,7 +41,7 @@ from scripts.versus import (
     set_teachers,
     textbook,
 )
-from utils.ddp import World, choose_device, process_group
+from utils.ddp import World, process_group
 from utils.encoder import EncoderFactory, TextInput
 from utils.program import leave
 from utils.streams import generator
@@ -192,7 +194,7 @@ def start(side: str, shapes: Shapes, world: World, data: TextSet) -> Side:
 def main() -> int:
     """Print the table; exit status 1 if the two sides disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add_device(parser)
     parser.add_argument("--shapes", choices=[name for name in SHAPES if name != "tiny"], default="small")
     parser.add_argument("--classes", type=int, help="default: 20 (small) or 90 (requirement)")
     parser.add_argument("--rounds", type=int, default=3, help="after one to warm up (default: 3)")
@@ -201,11 +203,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.rounds < 1 or (args.classes is not None and args.classes < 1):
         parser.error("--rounds and --classes must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device here")
     shapes = SHAPES[args.shapes]
     shapes = replace(shapes, classes=args.classes or shapes.classes)
-    device = torch.device("cpu") if args.device == "cpu" else choose_device(None)
+    device = device_of(parser, args.device)
     if not args.only:  # first of all: a process inherits the peak of the one that starts it
         peaks = {side: peak_alone("scripts.bench_ncfm_text", side) for side in SIDES}
         print("peak memory, GB: " + ", ".join(f"{side} {value:.2f}" for side, value in peaks.items()), flush=True)

@@ -36,8 +36,8 @@ from condenser.optimization import OptimizationConfig, make_optimizer
 from condenser.synthetic_set import SyntheticSet
 from condenser.trajectory import flat_parameters
 from condenser.trajectory_condenser import TrajectoryCondenser, TrajectoryConfig
-from scripts.versus import seconds
-from utils.ddp import World, choose_device, distribute_class, process_group
+from scripts.versus import add_device, device_of, seconds
+from utils.ddp import World, distribute_class, process_group
 from utils.expert_buffers import ExpertBuffer, ExpertNotes, ExpertWriter, expert_file, parameters_of
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, image_network
 from utils.normaliser import Normaliser
@@ -216,7 +216,7 @@ def paper(classes: int, ranks: int) -> None:
 def main() -> int:
     """Print a line for every method and number of classes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add_device(parser)
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 20, 40, 80])
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
     parser.add_argument("--rounds", type=int, default=3, help="timed, after one to warm up (default: 3)")
@@ -233,7 +233,7 @@ def main() -> int:
         return 0
     base = FULL if args.full else Shapes()
     shapes = replace(base, ipc=args.ipc or base.ipc)
-    with process_group(torch.device("cpu") if args.device == "cpu" else choose_device(None)) as world:
+    with process_group(device_of(parser, args.device)) as world:
         counted = Counted(world.rank, world.size, world.device)
         if world.main:
             print(f"{world.device}, {torch.get_num_threads()} threads: {shapes}", flush=True)

@@ -40,9 +40,9 @@ from condenser.feature_labels import FeatureConfig
 from condenser.synthetic_set import SyntheticSet
 from condenser.trajectory import flat_parameters
 from condenser.trajectory_condenser import Start, TrajectoryCondenser, TrajectoryConfig
-from scripts.versus import seconds
+from scripts.versus import add_device, device_of, seconds
 from utils.augment import draw_augmentation
-from utils.ddp import World, choose_device, process_group
+from utils.ddp import World, process_group
 from utils.expert_buffers import ExpertBuffer, ExpertNotes, ExpertWriter, expert_file, parameters_of
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, image_network
 from utils.normaliser import Normaliser
@@ -287,7 +287,7 @@ def time_draw() -> None:
 def main() -> int:
     """Print the numbers; exit status 1 if the sides disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    add_device(parser)
     parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (default: 5)")
     parser.add_argument("--steps", type=int, default=10, help="of the student whose time is taken (default: 10)")
     parser.add_argument("--memory_budget", type=float, default=4.0, help="GB, of exact_kept (default: 4)")
@@ -303,9 +303,7 @@ def main() -> int:
     args = parser.parse_args()
     if min(args.rounds, args.steps) < 1 or args.memory_budget < 0:
         parser.error("--rounds and --steps must be at least 1, --memory_budget at least 0")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device here")
-    device = torch.device("cpu") if args.device == "cpu" else choose_device(None)
+    device = device_of(parser, args.device)
     if "memory" in args.what and not args.only:  # first of all: a process inherits the peak of the one that starts it
         peaks()
     with process_group(device) as world:

@@ -21,7 +21,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from config import ConfigError, add_args_from_yaml, flatten, parse_command_line
-from kd.kd_config import OF_TEACHER, OPTIONS, SHARED, KdConfig, run_folder
+from kd.kd_config import OF_TEACHER, OPTIONS, SHARED, KdConfig
+from kd.places import run_folder
 from kd.scoring import COLUMNS
 from utils.report import Paragraph, Table, plain_table, write_report
 from utils.run_folder import REPOSITORY, RESULT

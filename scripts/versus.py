@@ -1,5 +1,6 @@
 """A plain per-class loop against our condenser: the same gradients in float64, then seconds in alternating rounds."""
 
+import argparse
 import resource
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from condenser.matching import ClassCondenser
 from NCFM.cf_loss import frequencies
+from utils.ddp import choose_device
 from utils.streams import generator
 from utils.teachers import update_feature_extractor
 
@@ -153,3 +155,15 @@ def report(side: str, plain: Sequence[float], taken: Sequence[dict[str, float]],
         ratios = [a / b for a, b in zip(plain, own, strict=True)]
         spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]"
         print(f"  {side}, {mode}: {statistics.median(own):.3f} s/iteration, plain / this {spread}", flush=True)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option --device of every benchmark."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+
+
+def device_of(parser: argparse.ArgumentParser, given: str | None) -> torch.device:
+    """What --device means here; a usage error where there is none such."""
+    if given == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device here")
+    return torch.device("cpu") if given == "cpu" else choose_device(None)

@@ -23,7 +23,8 @@ from scipy.io import savemat
 from config import ConfigError
 from utils import reuters
 from utils.docstring_corpus import read_cache
-from utils.image_readers import LARGEST, read_images
+from utils.foreign_files import LARGEST
+from utils.image_readers import read_images
 from utils.text_readers import read_corpus
 from utils.utils_image import decode
 

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from config import add_args_from_yaml
 from kd import closing, teacher, train
 from kd.kd_batches import Batch, Batches
-from kd.kd_config import TERMS, VIEWS, Dataset, KdConfig, links, run_folder
+from kd.kd_config import TERMS, VIEWS, Dataset, KdConfig
 from kd.kd_data import KdData, load_kd_data
 from kd.losses import distillation_loss
 from kd.methods import contrast
@@ -37,6 +37,7 @@ from kd.methods.contrast import ClassGaps
 from kd.methods.rotations import HierarchicalHeads
 from kd.methods.temperature import GlobalTemperature
 from kd.methods.terms import DlbTerm, Pass
+from kd.places import links, run_folder
 from kd.shrinking import Shrinking
 from kd.student_run import StudentRun
 from kd.teacher import Teacher, teacher_file, teacher_files

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Generator, Tensor
 
 from config import ConfigError
-from kd.methods.chains import dense_guidance, hops, kept_teachers, last_batch_loss
+from kd.methods.chains import kept_teachers, last_batch_loss
 from kd.methods.condensation import (
     Kcd,
     Record,
@@ -340,30 +340,12 @@ def test_mixed_images_are_rounded_means() -> None:
 # --- assistants, DLB
 
 
-def test_hops_go_from_teacher_to_student() -> None:
-    chain = ("r110", "r56", "r20", "r8")
-    assert hops(chain, dense=False) == [("r56", ("r110",)), ("r20", ("r56",)), ("r8", ("r20",))]
-    assert hops(chain, dense=True)[-1] == ("r8", ("r110", "r56", "r20"))
-    assert hops(("r110", "r8"), dense=True) == hops(("r110", "r8"), dense=False)
-
-
 def test_one_teacher_always_stays() -> None:
     for drop in (0, 1, 5):
         masks = torch.stack([kept_teachers(3, drop, gen(seed)) for seed in range(60)])
         assert masks.sum(1).tolist() == [max(3 - drop, 1)] * 60
         assert masks.any(0).all()
     assert kept_teachers(1, 1, gen()).tolist() == [True]
-
-
-def test_dense_guidance_adds_the_kept_teachers() -> None:
-    s, teachers = draw(B, K), draw(3, B, K, seed=1)
-    value = dense_guidance(s, teachers, torch.tensor([True, False, True]), 5.0)
-    torch.testing.assert_close(value, sum((kl_rows(s, teachers[i], 5.0).mean() for i in (0, 2)), torch.tensor(0.0)))
-
-
-def test_dense_guidance_without_assistants_is_kd_to_the_bit() -> None:
-    s, t = draw(B, K), draw(B, K, seed=1)
-    assert dense_guidance(s, t[None], torch.tensor([True]), 4.0).equal(kl_rows(s, t, 4.0).mean())
 
 
 def test_last_batch_does_not_learn() -> None:

@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import add_args_from_yaml, parse_command_line
 from kd import evaluate, train
 from kd.kd_batches import Batches
-from kd.kd_config import METHODS, OPTIONS, KdConfig, run_folder
+from kd.kd_config import METHODS, OPTIONS, KdConfig
 from kd.kd_data import load_kd_data
+from kd.places import run_folder
 from kd.scoring import calibration_error, fit_temperature, score
 from kd.student_run import StudentRun
 from kd.teacher import Teacher, teacher_file

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import ConfigError, Section
 from utils.checkpoint import load_pth
-from utils.image_readers import reading
+from utils.foreign_files import reading
 from utils.normaliser import same_zca
 
 Parameters = tuple[tuple[str, tuple[int, ...]], ...]

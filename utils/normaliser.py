@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config import ConfigError
 from utils.checkpoint import save_tensors
-from utils.image_readers import reading
+from utils.foreign_files import reading
 
 
 @dataclass(frozen=True)

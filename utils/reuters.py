@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from config import ConfigError
-from utils.image_readers import reading
+from utils.foreign_files import reading
 
 LARGEST = 2**28  # bytes of texts in an archive
 Labelled = tuple[str, str, list[str]]

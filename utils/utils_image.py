@@ -14,7 +14,8 @@ from torch.nn.functional import interpolate, one_hot
 
 from config import ConfigError
 from utils.data_config import DataConfig
-from utils.image_readers import FORMATS, RawSplit, read_images, reading
+from utils.foreign_files import reading
+from utils.image_readers import FORMATS, RawSplit, read_images
 from utils.normaliser import Normaliser
 from utils.streams import generator
 

@@ -1,6 +1,5 @@
 """Teachers that are not one fixed network: assistants (TAKD, DGKD), and the student one batch ago (DLB)."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,10 @@ from utils.losses import kl_rows, masked_mean
 
 
 class Assistants(Section):
-    """Networks between teacher and student, large first; all train with the run's method and schedule."""
+    """Networks between teacher and student, large first; all train with the run's method and schedule.
+
+    TAKD: Mirzadeh et al., AAAI 2020. DGKD: Son et al., ICCV 2021; cross-entropy counts once beside all teachers.
+    """
 
     NETWORKS: tuple[str, ...] = ()
     DENSE: bool = True  # every larger network teaches (DGKD), else only the next larger (TAKD)
@@ -26,24 +28,10 @@ class Dlb(Section):
     WEIGHT: float = Field(1.0, ge=0)
 
 
-def hops(networks: Sequence[str], dense: bool) -> list[tuple[str, tuple[str, ...]]]:
-    """(network, its teachers) in order of training, for networks from teacher to student."""
-    return [(networks[i], tuple(networks[0 if dense else i - 1 : i])) for i in range(1, len(networks))]
-
-
 def kept_teachers(teachers: int, drop: int, gen: Generator) -> Tensor:
     """Which [M], bool, teach in a step: all but `drop` at random, at least one."""
     order = torch.rand(teachers, generator=gen, device=gen.device).argsort().argsort()
     return order >= min(drop, teachers - 1)
-
-
-def dense_guidance(student: Tensor, teachers: Tensor, kept: Tensor, temperature: float) -> Tensor:
-    """Sum over kept teachers of T^2 KL, mean over the batch: [] for logits [B, K], [M, B, K] and kept [M].
-
-    Son et al., ICCV 2021; cross-entropy counts once beside it. One teacher is TAKD (Mirzadeh et al., AAAI 2020), or KD.
-    """
-    rows = kl_rows(student.expand_as(teachers), teachers, temperature)  # [M, B]
-    return torch.where(kept, rows.mean(1), 0).sum()
 
 
 class LastBatch(NamedTuple):

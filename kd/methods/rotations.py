@@ -55,10 +55,10 @@ class HierarchicalHeads(nn.Module):
         return [head(x) for head, x in zip(self.heads, maps, strict=True)]
 
 
-def teacher_loss(logits: Tensor, heads: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """CE of upright images [4 B, K][::4] plus every head's CE [4 B, 4 K] of joint labels: [] for labels [B]."""
+def joint_loss(heads: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """A teacher's CE [4 B, 4 K] of joint labels, summed over heads: [] for labels [B]; upright images' is apart."""
     joint = joint_labels(labels)
-    return F.cross_entropy(logits[::TURNS], labels) + sum(F.cross_entropy(z, joint) for z in heads)
+    return torch.stack([F.cross_entropy(z, joint) for z in heads]).sum()
 
 
 def student_loss(

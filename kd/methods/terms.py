@@ -4,6 +4,7 @@ A term reads one pass of a student and one of a teacher. Parameters are learned 
 state are kept in the checkpoint. L = CE weight x CE + the sum over terms of weight x warm-up x term.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def pairs(student: Shapes, teacher: Shapes) -> list[tuple[int, int]]:
     return list(found)[::-1]
 
 
-class Term(nn.Module):
+class Term(nn.Module, ABC):
     """A part of the loss beside cross-entropy."""
 
     reads_rows = reads_maps = False
@@ -73,9 +74,9 @@ class Term(nn.Module):
         super().__init__()
         self.weight, self.warmup = weight, warmup  # the latter in epochs
 
+    @abstractmethod
     def forward(self, seen: Seen) -> Tensor:
         """Its value []."""
-        raise NotImplementedError
 
     def remember(self, spread: Spread) -> None:
         """After the optimiser's step: keep what later steps need. All ranks together."""
@@ -274,8 +275,7 @@ class HsakdTeacherTerm(Term):
 
     def forward(self, seen: Seen) -> Tensor:
         """Cross-entropy of joint labels, summed over heads."""
-        heads, joint = self.heads([seen.student.maps[i] for i in self.numbers]), rotations.joint_labels(seen.labels)
-        return torch.stack([nn.functional.cross_entropy(z, joint) for z in heads]).sum()
+        return rotations.joint_loss(self.heads([seen.student.maps[i] for i in self.numbers]), seen.labels)
 
 
 class BingoTerm(Term):
