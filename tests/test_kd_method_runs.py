@@ -202,7 +202,7 @@ def train_terms(lab: Lab) -> None:
 def test_every_term_trains_alone_and_beside_kd_on_one_teacher_forward(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = spied(monkeypatch, Teacher, "see", lambda self, x, wanted: len(x))
+    sizes = spied(monkeypatch, Teacher, "see", lambda self, x, *_: len(x))
     train_terms(lab)
     assert sizes == [16, 16, 16, 12]
     folders = [path.parent for path in (lab.folder / "terms").rglob("result.json")]
