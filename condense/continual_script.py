@@ -1,9 +1,9 @@
-"""Class-incremental learning with a condensed set as the memory: classes arrive in stages, and after each a fresh
-student is trained on what is kept of all classes so far and tested on them.
+"""Judge a condensed image set as the memory of a learner whose classes arrive in stages.
 
     python condense/continual_script.py --config_path config/ipc10/digits.yaml continual.stages=5
 
-The condensed rows are those of the condensation run of the same configuration.
+After each stage a fresh student is trained on what is kept of all classes so far and tested on them. The condensed
+rows are those of the condensation run of the same configuration. To resume, run the same command again.
 """
 
 if __name__ == "__main__":  # thread settings count only before torch is imported
@@ -52,6 +52,11 @@ class ContinualConfig(ImageConfig):
 Task = tuple[str, int, int]  # row, number of the order, stage
 
 
+def continual_folder(cfg: ContinualConfig) -> Path:
+    """Folder of the run."""
+    return Path(*("continual" if part == "evaluate" else part for part in evaluate_folder(cfg).parts))
+
+
 def learn_in_stages(resolved: Resolved[ContinualConfig], command: CommandLine) -> None:
     """Train the students of every row, order and stage, then show the table."""
     cfg = resolved.config
@@ -59,9 +64,7 @@ def learn_in_stages(resolved: Resolved[ContinualConfig], command: CommandLine) -
         dry_run(resolved)
         return
     with init_script(command.gpu, cfg.tf32, cfg.seed, cfg.debug) as world, stop_flag() as flag:
-        folder = evaluate_folder(cfg)
-        place = Path(*("continual" if part == "evaluate" else part for part in folder.parts))
-        run = RunFolder(place, nested(cfg), world, command.overwrite)
+        run = RunFolder(continual_folder(cfg), nested(cfg), world, command.overwrite)
         if not run.said_finished():
             job = open_images(cfg, world)
             train_stages(cfg, job, run, flag)
@@ -151,9 +154,12 @@ def write(cfg: ContinualConfig, run: RunFolder) -> None:
     write_report(run.folder, f"Class-incremental learning: {cfg.data_name}", blocks)
 
 
+TAKES = (ContinualConfig, OPTIONS)
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", Path(__file__).resolve().parent, ContinualConfig, OPTIONS, learn_in_stages)
+    return run_program(__doc__ or "", Path(__file__).resolve().parent, *TAKES, learn_in_stages)
 
 
 if __name__ == "__main__":

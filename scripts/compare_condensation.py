@@ -14,10 +14,6 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
     prepare()
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +21,7 @@ from condense.image_job import ImageConfig
 from config import CommandLine, ConfigError, Option, Resolved, add_args_from_yaml, named, nested
 from scripts.compare_judge import Judge, judge
 from scripts.compare_plan import LAUNCH, CompareConfig, Line, lines_of
+from scripts.slots import Ended, Job, run_jobs
 from utils.checkpoint import atomic_write, load_json
 from utils.ddp import World
 from utils.init_script import init_script
@@ -33,35 +30,18 @@ from utils.run_folder import REPOSITORY, RunFolder, claim, log, short_hash
 from utils.stopping import StopFlag, stop_flag
 
 OPTIONS = (
-    Option("quick", "quick", "flag", "the first seed, and no method with feature labels"),
+    Option("quick", "quick", "flag", "take the first seed, and no method with feature labels"),
     Option("data_path", "data_dir", "path", "folder of the data set"),
 )
-OF_RANKS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # what a launcher sets
-PEAKS_A_MIB = 2**10 if sys.platform == "linux" else 2**20  # ru_maxrss counts in KiB or bytes
 
 
-def launch(words: Sequence[str], file: Path, world: World, flag: StopFlag) -> tuple[str, float]:
-    """Run a program alone, its words going to `file`: what it died of ("": it did not), and its peak memory in MiB.
-
-    A stop signal is passed on to it, and raises Stopped when it has left.
-    """
+def launch(words: Sequence[str], file: Path, world: World, flag: StopFlag) -> Ended:
+    """Run a program alone, its words going to `file`. Raises Stopped when it has left after a stop signal."""
     gpu = [f"--gpu={world.device.index or 0}"] if world.device.type == "cuda" else []
-    alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_RANKS)}
-    file.parent.mkdir(parents=True, exist_ok=True)
     log.info(f"{file.stem}: {' '.join([*words, *gpu])}")
-    with file.open("w") as out:
-        child = subprocess.Popen([sys.executable, *words, *gpu], stdout=out, stderr=subprocess.STDOUT, env=alone)
-        told, pid = False, 0
-        while not pid:
-            if flag.number and not told:
-                os.kill(child.pid, flag.number)
-                told = True
-            time.sleep(0.05)
-            pid, status, usage = os.wait4(child.pid, os.WNOHANG)  # of this child: getrusage takes all together
-        child.returncode = os.waitstatus_to_exitcode(status)
-    flag.check()
-    said = file.read_text().strip().splitlines() or ["without a word"]
-    return f"exit status {child.returncode}: {said[-1]}" if child.returncode else "", usage.ru_maxrss / PEAKS_A_MIB
+    found: list[Ended] = []
+    run_jobs([Job(file.stem, (*words, *gpu), file)], [{}], flag, found.append)
+    return found[0]
 
 
 def learn(m: CompareConfig, lines: Sequence[Line], logs: Path, world: World, flag: StopFlag) -> dict[str, str]:
@@ -71,12 +51,13 @@ def learn(m: CompareConfig, lines: Sequence[Line], logs: Path, world: World, fla
     for one in m.prepare if world.main and missing else ():
         words = [str(REPOSITORY / one.script), f"--config_path={one.config}", *m.shared]
         name = f"{Path(one.script).stem}_{one.config.stem}"
-        died[name], _ = launch(words, logs / f"{name}.log", world, flag)
+        died[name] = launch(words, logs / f"{name}.log", world, flag).died_of
     world.barrier()
     for name in (missing[i] for i in world.share([1.0] * len(missing))):
-        died[name], peak = launch(every[name].words, logs / f"{name}.log", world, flag)
+        ended = launch(every[name].words, logs / f"{name}.log", world, flag)
+        died[name] = ended.died_of
         if every[name].finished:
-            atomic_write(every[name].folder / LAUNCH, json.dumps({"peak": peak}).encode())
+            atomic_write(every[name].folder / LAUNCH, json.dumps({"peak": ended.peak}).encode())
     return {name: words for part in world.gather_values(died) for name, words in part.items() if words}
 
 
@@ -109,9 +90,12 @@ def compare(resolved: Resolved[CompareConfig], command: CommandLine) -> None:
                 raise ConfigError("\n".join(f"CRASHED {words}" for words in found["crashed"]))
 
 
+TAKES = (CompareConfig, OPTIONS)
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", Path(__file__).resolve().parent, CompareConfig, OPTIONS, compare)
+    return run_program(__doc__ or "", Path(__file__).resolve().parent, *TAKES, compare)
 
 
 if __name__ == "__main__":

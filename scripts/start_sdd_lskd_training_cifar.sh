@@ -4,4 +4,4 @@
 # The teachers resnet32x4 and wrn_40_2 must be there: scripts/fetch_pretrained_teachers.sh, or config/kd/cifar100/vanilla.
 set -euo pipefail
 cd -- "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-exec "${PYTHON:-python}" -m scripts.sweep_kd config/kd/manifests/cifar100.txt --logs logs/sdd_kd_lskd_full/cifar100 "$@"
+exec "${PYTHON:-python}" -m scripts.sweep config/kd/manifests/cifar100.txt --logs logs/sdd_kd_lskd_full/cifar100 "$@"

@@ -5,4 +5,4 @@
 # config/kd/cub200/vanilla/resnet32x4.yaml.
 set -euo pipefail
 cd -- "$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-exec "${PYTHON:-python}" -m scripts.sweep_kd config/kd/manifests/cub200.txt --logs logs/sdd_kd_lskd_full/cub200 "$@"
+exec "${PYTHON:-python}" -m scripts.sweep config/kd/manifests/cub200.txt --logs logs/sdd_kd_lskd_full/cub200 "$@"

@@ -41,7 +41,7 @@ from kd.places import links, run_folder
 from kd.shrinking import Shrinking
 from kd.student_run import StudentRun
 from kd.teacher import Teacher, teacher_file, teacher_files
-from scripts import sweep_kd
+from scripts import sweep
 from utils.ddp import World, process_group
 from utils.kd_networks import NETWORKS, kd_network
 from utils.run_folder import RunFolder
@@ -760,7 +760,7 @@ def test_every_method_has_a_configuration_for_cifar_100() -> None:
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "manifests").glob("*.txt")), ids=lambda path: path.stem)
 def test_manifests_name_networks_that_exist(path: Path) -> None:
-    runs = sweep_kd.read_manifest(path, [0], [])
+    runs = sweep.read_sweep(path, [0], [])
     assert runs and all(known(run.cfg) for run in runs)
     if path.stem.startswith("compare"):
         assert {part for run in runs for part in run.cfg.DISTILLER.parts} >= {*TERMS, "NONE", "KD", "SDD_KD_LSKD"}

@@ -32,7 +32,7 @@ from kd.places import run_folder
 from kd.scoring import calibration_error, fit_temperature, score
 from kd.student_run import StudentRun
 from kd.teacher import Teacher, teacher_file
-from scripts import fetch_teachers, sweep_kd
+from scripts import fetch_teachers, sweep
 from utils.ddp import process_group
 from utils.kd_networks import kd_network
 from utils.run_folder import RunFolder
@@ -269,12 +269,12 @@ def test_shipped_configurations_resolve() -> None:
 
 
 def test_manifests_are_the_requirement_s_suites() -> None:
-    cifar = sweep_kd.read_manifest(CONFIGS / "manifests" / "cifar100.txt", [0], [])
+    cifar = sweep.read_sweep(CONFIGS / "manifests" / "cifar100.txt", [0], [])
     assert len(cifar) == 23 and sum("ours" in run.origin for run in cifar) == 3
-    assert len({run.group for run in cifar}) == 2  # a teacher each
+    assert len({run.program.group(run.cfg) for run in cifar}) == 2  # a teacher each
     assert {run.cfg.DISTILLER.TYPE for run in cifar} == {"SDD_KD_LSKD"}
     assert sum(run.cfg.M == (1, 4) for run in cifar) == 5
-    cub = sweep_kd.read_manifest(CONFIGS / "manifests" / "cub200.txt", [0, 1], [])
+    cub = sweep.read_sweep(CONFIGS / "manifests" / "cub200.txt", [0, 1], [])
     assert sum(run.cfg.distils for run in cub) == 24 and sum(not run.cfg.distils for run in cub) == 1
 
 
@@ -398,16 +398,17 @@ def test_a_temperature_that_looks_wrong_for_the_classes_is_said(lab: Lab, capsys
 def test_a_sweep_skips_what_is_finished_and_reports_a_crash_as_one(lab: Lab, tmp_path: Path) -> None:
     manifest = tmp_path / "two.txt"
     manifest.write_text(
-        f"[ours]\ngood {lab.file}\nbad {lab.file} DISTILLER.TEACHER=resnet56\nsame {lab.file} M=[1,2,4]  # once\n"
+        f"[ours] kd/train.py\ngood {lab.file}\nbad {lab.file} DISTILLER.TEACHER=resnet56\n"
+        f"same {lab.file} M=[1,2,4]  # once\n"
     )
-    words = [sys.executable, "-m", "scripts.sweep_kd", manifest, "--logs", tmp_path / "logs", *lab.places("alone")]
+    words = [sys.executable, "-m", "scripts.sweep", manifest, "--logs", tmp_path / "logs", *lab.places("alone")]
     stamp = (lab.only("alone") / "student.safetensors").stat().st_mtime_ns
     done = wait(start(words), 1)
-    assert "CRASHED  bad, seed 0, exit status 1" in done.last and "no teacher resnet56" in done.last
+    assert "NOT FINISHED  bad, seed 0: " in done.last and "no teacher resnet56" in done.last
     assert (lab.only("alone") / "student.safetensors").stat().st_mtime_ns == stamp
     top1 = f"{numbers(lab.only('alone'))['top1']:.2f}"
     rows = [line.split() for line in done.out.splitlines()]
-    assert [row[:4] for row in rows[-2:]] == [["good", "ours", "1", top1], ["bad", "ours", "0", "-"]]
+    assert [row[:4] for row in rows[-2:]] == [["good", "ours", "1/1", top1], ["bad", "ours", "0/1", "-"]]
     assert (tmp_path / "logs" / "report.html").exists() and "no teacher" in (
         tmp_path / "logs/bad_seed0.log"
     ).read_text()

@@ -1,0 +1,208 @@
+"""Sweeps: what a file lists, what runs side by side, what a table and SLURM are told."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT
+
+from config import ConfigError
+from scripts import slots, sweep
+from scripts.programs import PROGRAMS
+from scripts.slots import Ended, Job, run_jobs, slots_of
+from utils.stopping import StopFlag, Stopped
+
+SWEEPS = ROOT / "config" / "sweeps"
+FEATURES = [path for path in sorted(SWEEPS.glob("*.txt")) if "feature" in path.stem]
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """Six runs in two blocks, all of which would lie in a folder of the test."""
+    file = tmp_path / "six.txt"
+    file.write_text(
+        f"[experts] distill_feat/buffer.py\n"
+        f"experts distill_feat/buffer/digits.yaml experts.seed=0 buffer_path={tmp_path}\n"
+        "---\n"
+        "[students] kd/train.py\n"
+        f"kd kd/digits/kd.yaml SOLVER.EPOCHS={{1,2}} LOG.PREFIX={tmp_path}\n"
+        f"same kd/digits/kd.yaml SOLVER.EPOCHS=2 LOG.PREFIX={tmp_path}\n"
+        f"all kd/digits/kd.yaml EXPERIMENT.TAG=of_SEEDS SOLVER.EPOCHS=3 LOG.PREFIX={tmp_path}\n"
+    )
+    return file
+
+
+def test_braces_multiply_seeds_multiply_and_every_run_stands_once(listed: Path) -> None:
+    runs = sweep.read_sweep(listed, [4, 5], [])
+    assert [(run.name, run.seed, run.block) for run in runs] == [
+        ("experts", 4, 0),
+        ("kd SOLVER.EPOCHS=1", 4, 1), ("kd SOLVER.EPOCHS=2", 4, 1), ("all", 4, 1),
+        ("kd SOLVER.EPOCHS=1", 5, 1), ("kd SOLVER.EPOCHS=2", 5, 1),
+    ]  # fmt: skip
+    assert [run.cfg.SEED for run in runs[1:]] == [4, 4, 4, 5, 5]
+    assert runs[3].cfg.EXPERIMENT.TAG == "of_4,5" and runs[2].cfg.SOLVER.EPOCHS == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[words] kd/tran.py\n", r"six.txt:1: 'kd/tran.py' after the brackets: expected one of .*kd/train.py"),
+        ("name kd/digits/kd.yaml\n", r"six.txt:1: 'name kd/digits/kd.yaml': expected .* below \[words\]"),
+        ("[words] kd/train.py\nname\n", "six.txt:2: 'name': expected a name, a configuration"),
+        ("[words] kd/train.py\nname kd/digits/kd.yaml SOLVER.EPOCH=1\n", "SOLVER.EPOCH"),
+        ("[words] kd/train.py\nname kd/digits/none.yaml\n", "none.yaml"),
+    ],
+)
+def test_a_wrong_line_is_said(listed: Path, text: str, said: str) -> None:
+    listed.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        sweep.read_sweep(listed, [0], [])
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.txt")), ids=lambda path: path.stem)
+def test_shipped_sweeps_resolve(path: Path) -> None:
+    runs = sweep.read_sweep(path, [0, 1], [])
+    assert len({run.folder for run in runs}) == len(runs) > 2
+
+
+@pytest.mark.parametrize("path", FEATURES, ids=lambda path: path.stem)
+def test_every_trajectory_has_its_experts_above(path: Path) -> None:
+    runs = sweep.read_sweep(path, [0], [])
+    experts = [run for run in runs if run.script.endswith("buffer.py")]
+    taught = [run.cfg for run in runs if run.script.endswith(("mtt.py", "datm.py"))]
+    assert experts and taught
+    for cfg in taught:
+        assert any(
+            (cfg.dataset.dataset, cfg.zca, cfg.network.width) == (e.cfg.dataset.dataset, e.cfg.zca, e.cfg.network.width)
+            and e.folder.is_relative_to(cfg.buffer_path)
+            for e in experts
+        ), cfg
+
+
+def test_every_program_of_the_table_is_a_file() -> None:
+    assert all((ROOT / script).is_file() for script in PROGRAMS)
+
+
+def test_students_of_one_teacher_share_a_process_whatever_is_finished(listed: Path) -> None:
+    runs = sweep.read_sweep(listed, [0], [])
+    before = [[run.name for run in part] for part in sweep.parts_of(runs, 2)]
+    assert before == [["experts"], ["kd SOLVER.EPOCHS=1", "kd SOLVER.EPOCHS=2"], ["all"]]
+    runs[1].folder.mkdir(parents=True)
+    (runs[1].folder / "result.json").write_text('{"top1": 50.0}')
+    assert [[run.name for run in part] for part in sweep.parts_of(runs, 2)] == before
+    table = sweep.sweep_table(runs)
+    assert table.header == ("run", "from", "finished", "top-1, last")
+    assert [row[2:] for row in table.rows] == [("0/1", "-"), ("1/1", "50.00"), ("0/1", "-"), ("0/1", "-")]
+
+
+def test_slots_run_side_by_side_and_a_crash_is_no_success(tmp_path: Path) -> None:
+    # Each of two waits for the other's file: one after another neither would end.
+    meet = "import pathlib,sys,time\nown,other=map(pathlib.Path,sys.argv[1:])\nown.touch()\n"
+    meet += "while not other.exists(): time.sleep(0.01)\n"
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    jobs = [
+        Job("one", ("-c", meet, a, b), tmp_path / "logs" / "one.log"),
+        Job("two", ("-c", meet, b, a), tmp_path / "logs" / "two.log"),
+        Job("bad", ("-c", "raise SystemExit('no room')"), tmp_path / "logs" / "bad.log"),
+        Job("slot", ("-c", "import os; print(os.environ['SLOT'], 'RANK' in os.environ)"), tmp_path / "slot.log"),
+    ]
+    found: list[Ended] = []
+    os.environ["RANK"] = "3"
+    try:
+        run_jobs(jobs, [{"SLOT": "first"}, {"SLOT": "second"}], StopFlag(), found.append)
+    finally:
+        del os.environ["RANK"]
+    assert {one.job.name: one.died_of for one in found} == {
+        "one": "", "two": "", "bad": "exit status 1: no room", "slot": "",
+    }  # fmt: skip
+    assert (tmp_path / "slot.log").read_text().splitlines()[-1] in ("first False", "second False")
+
+
+def test_a_stop_signal_is_passed_on_and_nothing_more_is_started(tmp_path: Path) -> None:
+    log = tmp_path / "first.log"
+    sleep = "import signal,sys,time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\nprint('on', flush=True)\n"
+    jobs = [Job("first", ("-c", sleep + "time.sleep(60)"), log), Job("next", ("-c", ""), tmp_path / "next.log")]
+    found: list[Ended] = []
+
+    class Watch(StopFlag):
+        @property
+        def number(self) -> int:  # the signal comes when the first job is on
+            return 15 if log.exists() and log.read_text().endswith("on\n") else 0
+
+        @number.setter
+        def number(self, value: int) -> None: ...
+
+    with pytest.raises(Stopped):
+        run_jobs(jobs, [{}], Watch(), found.append)
+    assert [(one.job.name, one.status) for one in found] == [("first", 143)]
+    assert not (tmp_path / "next.log").exists()
+
+
+def test_a_gpu_has_one_run_and_too_many_slots_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(slots.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert slots_of(None, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert slots_of(None, 1) == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "7"}]
+    with pytest.raises(ConfigError, match="--slots: 3 of --ranks: 1 take 3 GPUs, and 2 are visible"):
+        slots_of(3, 1)
+
+
+SBATCH = """#!{python}
+import json, os, subprocess, sys
+words = sys.argv[1:]
+own = [word for word in words if word.startswith("--")][: words.index(next(w for w in words if not w.startswith("--")))]
+given = dict(word[2:].partition("=")[::2] for word in own)
+calls = {place!r} + "/calls"
+number = len(os.listdir(calls)) + 1
+open(f"{{calls}}/{{number}}", "w").write(json.dumps([given, words[len(own):]]))
+for task in given.get("array", "").partition("%")[0].split(","):
+    env = dict(os.environ, SLURM_JOB_ID=str(number), **({{"SLURM_ARRAY_TASK_ID": task}} if task else {{}}))
+    done = subprocess.run(["bash", *words[len(own):]], env=env, capture_output=True, text=True)
+    open(f"{place}/ended", "a").write(f"{{number}} {{task}} {{done.returncode}}\\n{{done.stdout}}{{done.stderr}}")
+print(number)
+"""
+
+
+def test_slurm_gets_an_array_a_block_and_the_table_last(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "calls").mkdir()
+    for name, text in (("sbatch", SBATCH.format(python=sys.executable, place=str(tmp_path))), ("scontrol", "")):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(stat.S_IRWXU)
+    file = tmp_path / "two.txt"
+    tiny = f"buffer_path={tmp_path}/e experts.num_experts=1 experts.train_epochs=2 network.width=4"
+    file.write_text(
+        f"[experts] distill_feat/buffer.py\nexperts distill_feat/buffer/digits.yaml {tiny}\n---\n"
+        f"[crash] kd/train.py\nbad kd/digits/kd.yaml DISTILLER.TEACHERS={tmp_path}/none LOG.PREFIX={tmp_path}/kd\n"
+    )
+    words = [file, "--logs", tmp_path / "logs", "--sbatch", ROOT / "scripts" / "slurm.sbatch", "--slots=2"]
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = [sys.executable, ROOT / "scripts" / "sweep.py", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, check=True)
+    calls = [json.loads((tmp_path / "calls" / str(number)).read_text()) for number in (1, 2, 3)]
+    assert [given.get("array") for given, _ in calls] == ["0%2", "1%2", None]
+    assert [given.get("dependency") for given, _ in calls] == [None, "afterany:1", "afterany:2"]
+    assert "processes 1" in done.stderr and "the table" in done.stderr
+    ended = (tmp_path / "ended").read_text()
+    assert "1 0 0\n" in ended and "2 1 1\n" in ended and "3  1\n" in ended
+    assert "NOT FINISHED  bad, seed 0" in ended and "no teacher" in ended and "1/1" in ended
+
+
+def test_a_job_of_slurm_that_saved_and_left_is_put_back(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/put_back\n')
+    (tmp_path / "scontrol").chmod(stat.S_IRWXU)
+    run = "import signal,sys,time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+    run += f"open('{tmp_path}/on','w').close()\ntime.sleep(60)"
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "71"}
+    job = subprocess.Popen(["bash", ROOT / "scripts" / "slurm.sbatch", sys.executable, "-c", run], env=env)
+    while not (tmp_path / "on").exists():
+        assert job.poll() is None
+    job.terminate()
+    assert job.wait(20) == 143
+    assert (tmp_path / "put_back").read_text() == "requeue 71\n"
