@@ -38,9 +38,12 @@ def condense(resolved: Resolved[ImageConfig], command: CommandLine) -> None:
             learn(job, run, flag)
 
 
+TAKES = (ImageConfig, OPTIONS)
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", Path(__file__).resolve().parent, ImageConfig, OPTIONS, condense)
+    return run_program(__doc__ or "", Path(__file__).resolve().parent, *TAKES, condense)
 
 
 if __name__ == "__main__":

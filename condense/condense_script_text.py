@@ -1,7 +1,6 @@
 """Learn a few documents per class, as word embeddings, whose features match those of the real documents (NCFM).
 
-    torchrun --nproc_per_node=6 --nnodes=1 condense_script_text.py --gpu="0,2,3,4,5,6" \
-        --config_path=../config/ipc10/reuters.yaml
+    torchrun --nproc_per_node=6 condense/condense_script_text.py --config_path config/ipc10/reuters.yaml
 
 Each rank owns some of the classes. To resume, run the same command again. Missing teachers are trained first.
 """
@@ -39,9 +38,12 @@ def condense(resolved: Resolved[TextConfig], command: CommandLine) -> None:
             learn(job, run, flag)
 
 
+TAKES = (TextConfig, OPTIONS)
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", Path(__file__).resolve().parent, TextConfig, OPTIONS, condense)
+    return run_program(__doc__ or "", Path(__file__).resolve().parent, *TAKES, condense)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 condense/evaluate_script_text.py --config_path config/ipc5/docstrings.yaml
 
 The condensed rows are those of the condensation runs of the same configuration. Students are shared out over the
-ranks; each one's numbers are kept in the run folder, so the same command goes on where it was stopped.
+ranks, and the numbers of each are kept in the run folder. To resume, run the same command again.
 """
 
 if __name__ == "__main__":  # thread settings count only before torch is imported
@@ -37,9 +37,12 @@ def evaluate(resolved: Resolved[TextConfig], command: CommandLine) -> None:
         show(run)
 
 
+TAKES = (TextConfig, OPTIONS)
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", Path(__file__).resolve().parent, TextConfig, OPTIONS, evaluate)
+    return run_program(__doc__ or "", Path(__file__).resolve().parent, *TAKES, evaluate)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def report(job: Job, run: RunFolder) -> None:
     found = load_synthetic(run.folder / "distilled_data" / "syn_data_best.pth")
     lines = [line for line in run.metrics() if "val_micro" in line]
     blocks: list[Block] = [
-        Paragraph(f"{cfg.data_name}, {cfg.condense.ipc} samples per class, {cfg.condense.dis_metrics}."),
+        Paragraph(f"{cfg.data_name}, samples per class: {cfg.condense.ipc}, {cfg.condense.dis_metrics}."),
         Heading("Curves"),
         *([Picture(run.folder / "images" / "loss_curve.png", "mean over classes")] if cfg.condense.niter else []),
         Heading("Held-out score"),

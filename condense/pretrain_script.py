@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 condense/pretrain_script.py --config_path config/ipc10/digits.yaml
 
-Each rank trains its share of the members; the same command goes on where it was stopped.
+Each rank trains its share of the members. To resume, run the same command again.
 """
 
 if __name__ == "__main__":  # thread settings count only before torch is imported
@@ -31,9 +31,12 @@ def pretrain(resolved: Resolved[ImageConfig], command: CommandLine) -> None:
         teach(open_images(cfg, world), flag, command.overwrite)
 
 
+TAKES = (ImageConfig, OPTIONS)
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", Path(__file__).resolve().parent, ImageConfig, OPTIONS, pretrain)
+    return run_program(__doc__ or "", Path(__file__).resolve().parent, *TAKES, pretrain)
 
 
 if __name__ == "__main__":

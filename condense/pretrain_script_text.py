@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 condense/pretrain_script_text.py --config_path config/ipc5/docstrings.yaml
 
-Each rank trains its share of the members; the same command goes on where it was stopped.
+Each rank trains its share of the members. To resume, run the same command again.
 """
 
 if __name__ == "__main__":  # thread settings count only before torch is imported
@@ -32,9 +32,12 @@ def pretrain(resolved: Resolved[TextConfig], command: CommandLine) -> None:
         teach(open_text(cfg, world), flag, command.overwrite)
 
 
+TAKES = (TextConfig, OPTIONS)
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", Path(__file__).resolve().parent, TextConfig, OPTIONS, pretrain)
+    return run_program(__doc__ or "", Path(__file__).resolve().parent, *TAKES, pretrain)
 
 
 if __name__ == "__main__":

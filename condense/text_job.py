@@ -103,7 +103,8 @@ class TextJob(Job):
     def pictures(self, found: SyntheticSet, run: Path, folder: Path) -> list[Block]:
         """The words nearest to the first row of every class."""
         rows = nearest_words(found, self.factory.word_table, self.tokenizer, self.classes)
-        return [Heading("Nearest words of the learned rows"), Table(("class", "labels", "words"), rows)]
+        caption = "the first row of every class, each embedding as the word piece nearest to it by cosine"
+        return [Heading("Nearest words of the learned rows"), Table(("class", "labels", "words"), rows, caption)]
 
     def linear(self, which: Tensor) -> StudentScore:
         """Logistic regression on TF-IDF."""

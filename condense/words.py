@@ -19,7 +19,7 @@ def nearest_words(
         for row in (found.owner == label).nonzero().flatten()[:rows_per_class].tolist():
             mask = slice(None) if found.attention_mask is None else found.attention_mask[row].bool()
             near = (found.data[row][mask].float() @ unit.T).argmax(1)
-            words = " ".join(tokenizer.convert_ids_to_tokens(near.tolist())).replace(" ##", "")
+            words = " ".join(tokenizer.convert_ids_to_tokens(near.tolist())).replace(" ##", "").removeprefix("##")
             names = ", ".join(classes[i] for i in (found.targets[row] > 0.5).nonzero().flatten().tolist())
             lines.append((classes[label], names, words))
     return tuple(lines)

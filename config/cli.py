@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from config.document import shown
 from config.schema import ConfigError, absolute, nearest
 
 GRAMMAR = """\
@@ -57,29 +58,40 @@ UPPER = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z][A-Z0-9_]*)*")  # a key that may sta
 TF32 = Option("tf32", "tf32", "flag", "TensorFloat-32 in matrix products (short for the key tf32)")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """The frame of every command line: a docstring as help, options in full, a mistake as one line and status 2."""
+
+    def __init__(self, doc: str | None, usage: str | None = None, epilog: str | None = None) -> None:
+        super().__init__(
+            usage=usage, description=(doc or "").strip(), epilog=epilog, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        """The one line."""
+        self.exit(2, f"command line: {message}\n")
+
+
+class _Configured(Parser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}")
 
 
-def parse_command_line(
-    argv: Sequence[str], doc: str, options: Sequence[Option], default_config: Path | None = None
-) -> CommandLine:
-    """What `argv` (without the program's name) asks for. ConfigError: what cannot be understood."""
-    parser = _Parser(
-        usage="%(prog)s --config_path FILE [options] [section.key=value ...]",
-        description=doc.strip(),
-        epilog=GRAMMAR,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def positive(text: str) -> int:
+    """An option's `type`: a whole number of 1 or more. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
+    return int(text)
+
+
+def command_parser(doc: str, options: Sequence[Option], default_config: Path | None = None) -> Parser:
+    """What reads the command line of a program with a configuration; overrides come to it as --set."""
+    parser = _Configured(doc, "%(prog)s --config_path FILE [options] [section.key=value ...]", GRAMMAR)
     add = parser.add_argument
-    flags = {"-h", "--help", "--debug", "--dry_run", "--overwrite"}
-    valued = {"--config_path", "--cfg", "--gpu"}
-    text = "the YAML file of the experiment" + (f" (default: {default_config})" if default_config else "")
+    text = "YAML file of the experiment" + (f" (default: {shown(default_config)})" if default_config else "")
     place = partial(add, dest="configs", action="append", type=_config, metavar="FILE")
     place("--config_path", "--cfg", required=not default_config, help=text)
-    add("--gpu", metavar="LIST", help='the GPUs to use, as in "0,2,3"')
+    add("--gpu", metavar="LIST", help='GPUs to use, as in "0,2,3"')
     add(
         "--debug",
         dest="overrides",
@@ -94,15 +106,34 @@ def parse_command_line(
         name, text = "--" + option.name.replace("-", "_"), option.help.replace("%", "%%")
         if option.kind == "flag":
             add(name, dest="overrides", action="append_const", const=f"{option.key}=true", help=text)
-            no = f"--no_{name[2:]}"
-            flags |= {name, no}
-            add(no, dest="overrides", action="append_const", const=f"{option.key}=false", help=f"not {name}")
+            add(
+                f"--no_{name[2:]}",
+                dest="overrides",
+                action="append_const",
+                const=f"{option.key}=false",
+                help=f"not {name}",
+            )
         else:
-            valued.add(name)
             metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.upper()
             read = partial(_override, option)
             add(name, dest="overrides", action="extend", type=read, metavar=metavar, help=text)
     parser.set_defaults(overrides=[])
+    return parser
+
+
+def options_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """What --help shows, by every name: options by theirs, other words by their dest."""
+    found = (action for action in parser._actions if action.help != argparse.SUPPRESS)
+    return {name: action for action in found for name in action.option_strings or [action.dest]}
+
+
+def parse_command_line(
+    argv: Sequence[str], doc: str, options: Sequence[Option], default_config: Path | None = None
+) -> CommandLine:
+    """What `argv` (without the program's name) asks for. ConfigError: what cannot be understood."""
+    parser = command_parser(doc, options, default_config)
+    flags = {name for name, action in options_of(parser).items() if action.nargs == 0}
+    valued = options_of(parser).keys() - flags
     found = parser.parse_args(_in_order(argv, flags, valued))
     overrides = tuple(found.overrides)
     debug = [text for text in overrides if text.startswith("debug=")][-1:] == ["debug=true"]

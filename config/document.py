@@ -15,6 +15,7 @@ from config.schema import ConfigError, nearest
 COMMAND_LINE = "command line"
 _TAG = "tag:yaml.org,2002:"
 _MOST = 100_000  # values of a file, with those behind aliases
+_BOOLEAN = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")  # not on, off, yes, no: those are words (YAML 1.2)
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
 _NUMBER = re.compile(
     r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -38,7 +39,7 @@ class _Loader(yaml.SafeLoader):
     """A safe loader that knows 1e-4 as a number, refuses a key given twice and keeps every key's line."""
 
     yaml_implicit_resolvers = {
-        first: [pair for pair in pairs if pair[0] in (_TAG + "bool", _TAG + "null")]
+        first: [pair for pair in pairs if pair[0] == _TAG + "null"]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -88,6 +89,7 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 _Loader.add_constructor(_TAG + "int", _integer)
+_Loader.add_implicit_resolver(_TAG + "bool", _BOOLEAN, list("tTfF"))
 _Loader.add_implicit_resolver(_TAG + "int", _INTEGER, list("-+0123456789"))
 _Loader.add_implicit_resolver(_TAG + "float", _NUMBER, list("-+.0123456789"))
 

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=4 distill_feat/buffer.py --dataset=CIFAR100 --model=ConvNet --zca --data_path=DIR
 
 Plain SGD on augmented images (MTT), or with --rho_max, --rho_min and --alpha flat trajectories (FTD). Ranks share out
-the experts. The same command goes on where it was stopped, and with a larger --num_experts adds to those that are
-there. --convert takes public replay_buffer_*.pt instead of training.
+the experts. To resume, run the same command again; a larger --num_experts adds to those that are there. --convert
+takes public replay_buffer_*.pt instead of training.
 """
 
 if __name__ == "__main__":  # thread settings count only before torch is imported
@@ -59,7 +59,7 @@ OPTIONS = (
     Option("mom", "experts.mom", "value", "momentum"),
     Option("batch_train", "experts.batch_train", "value", "images of a step"),
     Option("rho_max", "experts.rho_max", "value", "radius of FTD's perturbation"),
-    Option("rho_min", "experts.rho_min", "value", "the same: rho follows the step size, which is constant"),
+    Option("rho_min", "experts.rho_min", "value", "as --rho_max: rho follows the step size, which is constant"),
     Option("alpha", "experts.alpha", "value", "FTD's weight of the gradient across the perturbed one"),
     Option("convert", "convert", "path", "a public replay_buffer_*.pt, or a folder of them, to take instead"),
 )  # fmt: skip
@@ -307,9 +307,12 @@ def make(resolved: Resolved[BufferConfig], command: CommandLine) -> None:
         )
 
 
+TAKES = (BufferConfig, OPTIONS)
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", HERE, BufferConfig, OPTIONS, make, DEFAULT)
+    return run_program(__doc__ or "", HERE, *TAKES, make, DEFAULT)
 
 
 if __name__ == "__main__":

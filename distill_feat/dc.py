@@ -75,11 +75,12 @@ def plan(cfg: DcConfig) -> str:
 
 
 DC = Method("dc", job_of, learner, plan)
+TAKES = (DcConfig, DC_OPTIONS)
 
 
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", HERE, DcConfig, DC_OPTIONS, DC.run, DEFAULT)
+    return run_program(__doc__ or "", HERE, *TAKES, DC.run, DEFAULT)
 
 
 if __name__ == "__main__":

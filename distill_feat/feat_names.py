@@ -32,7 +32,7 @@ LAST = {name: ("feature.layer_idx=null",) for name in ("none", "None")}
 # The requirement's flags that every program has.
 DATA_OPTIONS = (
     Option("data_path", "dataset.data_dir", "path", "folder of the data set"),
-    Option("dataset", "dataset.dataset", "value", "with its size, classes and depth", tuple(DATASETS), DATASETS),
+    Option("dataset", "dataset.dataset", "value", "data set with size, classes and depth", tuple(DATASETS), DATASETS),
     Option("subset", "dataset.dataset", "value", "ten classes of ImageNet, named after --dataset", tuple(TEN), TEN),
 )
 LOADED = ("condense.init=load", "condense.load_path={}")
@@ -55,12 +55,12 @@ OPTIONS = (
     Option("pooling", "feature.pooling", "value", "none: F is the map, else a channel", tuple(POOLINGS), POOLINGS),
     Option("layer_idx", "feature.layer_idx", "value", "block whose map is labelled, 1 = the first", expands=LAST),
     Option("n_feat", "feature.n_feat", "value", "labels of a sample"),
-    Option("use_feature", "feature.use_feature", "value", "of several labels", ("mean", "random")),
+    Option("use_feature", "feature.use_feature", "value", "of several labels, what is used", ("mean", "random")),
     Option("batch_invariant", "evaluation.batch_invariant", "value", "same bits always", ("off", "eval", "train")),
     Option("tta", "evaluation.tta", "flag", "test with views, too"),
-    Option("tta_mode", "evaluation.tta_mode", "value", "none, hflip, fivecrop, hflip5 or shift"),
+    Option("tta_mode", "evaluation.tta_mode", "value", "views to test with: none, hflip, fivecrop, hflip5 or shift"),
     Option("eval_it", "condense.val_every", "value", "iterations between evaluations on validation"),
     Option("Iteration", "condense.niter", "value", "iterations"),
-    Option("num_exp", "num_exp", "value", "sets to learn, from seed, seed + 1 ..."),
+    Option("num_exp", "num_exp", "value", "sets to learn, each from its own seed, counted from seed"),
     Option("num_eval", "evaluation.repeat", "value", "students of a row and set"),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any
 from config import CommandLine, ConfigError, Resolved, nested
 from kd.distilltool import expose_attentions
 from kd.teacher import sha256
-from kd.text_config import DistillTextConfig, run_folder
+from kd.text_config import ARMS, DistillTextConfig, run_folder
 from kd.text_lab import Fit, TextLab, open_lab
 from kd.text_report import parameters, score_table, search_table, size_table, speeds, write_tables
 from utils.dry_run import print_values
@@ -75,7 +75,8 @@ def finish(lab: TextLab, folder: RunFolder) -> None:
     export(lab, models["student"], folder.folder / "student")
     rates = dict(zip(models, speeds([*models.values()], lab.parts[2], s.batch_size, lab.world.device), strict=True))
     worth, size = score_table(lab, of_teacher, rows), size_table(lab, models, rates)
-    write_tables(lab, folder.folder, [worth, size, search_table(found)], kept)
+    scores = {"teacher": [of_teacher["test_micro"]]} | {ARMS[a]: [x["test_micro"] for x in f] for a, f in rows.items()}
+    write_tables(lab, folder.folder, [worth, size, search_table(found)], kept, scores)
     folder.finish({
         "teacher": of_teacher, "students": rows, "student": kept.folder.name, "documents_per_second": rates,
         "parameters": {name: parameters(model) for name, model in models.items()},
@@ -93,9 +94,12 @@ def export(lab: TextLab, student: Any, folder: Path) -> None:
     part.replace(folder)
 
 
+TAKES = (DistillTextConfig, ())
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", REPOSITORY, DistillTextConfig, (), distil)
+    return run_program(__doc__ or "", REPOSITORY, *TAKES, distil)
 
 
 if __name__ == "__main__":

@@ -70,9 +70,12 @@ def evaluate(resolved: Resolved[EvaluateConfig], command: CommandLine) -> None:
             print(plain_table(result_table([(cfg.CHECKPOINT.name, found)])))
 
 
+TAKES = (EvaluateConfig, OPTIONS)
+
+
 def main() -> int:
     """Exit status."""
-    return run_program(__doc__ or "", REPOSITORY, EvaluateConfig, OPTIONS, evaluate)
+    return run_program(__doc__ or "", REPOSITORY, *TAKES, evaluate)
 
 
 if __name__ == "__main__":

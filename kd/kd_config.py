@@ -36,7 +36,7 @@ QUICK_EPOCHS = 5
 OPTIONS = (
     Option("M", "M", "value", 'scales of regions, as in "[1,2,4]"; [1] is the whole image alone'),
     Option("quick", "QUICK", "flag", "5 epochs, decay stages and warm-ups scaled"),
-    Option("seed", "SEED", "value", "of weights, order and views"),
+    Option("seed", "SEED", "value", "seed of weights, order and views"),
 )
 # What runs side by side have in common.
 SHARED = ("DATASET.", "SOLVER.BATCH_SIZE", "SOLVER.CHANNELS_LAST", "KD.CACHE_VIEWS", "SEED", "tf32")

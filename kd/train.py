@@ -120,9 +120,12 @@ def train_left(left: list[tuple[KdConfig, RunFolder]], world: World, flag: StopF
         raise ConfigError("\n".join(map(str, failed.values())))
 
 
+TAKES = (KdConfig, OPTIONS)
+
+
 def main() -> int:
     """Exit status."""
-    return run_group(__doc__ or "", REPOSITORY, KdConfig, OPTIONS, train)
+    return run_group(__doc__ or "", REPOSITORY, *TAKES, train)
 
 
 if __name__ == "__main__":

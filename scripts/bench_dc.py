@@ -14,7 +14,6 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +30,8 @@ from condenser.feature_labels import FeatureConfig
 from condenser.gradient_condenser import GradientCondenser, GradientConfig
 from condenser.gradient_matching import gradient_distance
 from condenser.synthetic_set import SyntheticSet
-from scripts.versus import add_device, device_of, seconds
+from config.cli import Parser
+from scripts.versus import bench_parser, device_of, seconds
 from utils.ddp import World, process_group
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, image_network
 from utils.normaliser import Normaliser
@@ -181,14 +181,15 @@ def ratios(title: str, sides: dict[str, Callable[[], object]], rounds: int, devi
         print(f"{title}, {name}: {statistics.median(t[name] for t in taken):.3f} s, plain / this {spread}", flush=True)
 
 
+def command_line() -> Parser:
+    """Its options."""
+    return bench_parser(__doc__, rounds=5)
+
+
 def main() -> int:
     """Print the numbers; exit status 1 if the two sides disagree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_device(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (default: 5)")
+    parser = command_line()
     args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
     device = device_of(parser, args.device)
     shapes = Shapes()
     with process_group(device) as world:

@@ -12,15 +12,16 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from config import ConfigError
+from config.cli import Parser, positive
 from utils.image_networks import ImageNetworkConfig, image_network
 from utils.invariant import TILE, check_tile, tiled
 from utils.program import leave
@@ -54,15 +55,20 @@ def differing(logits: Logits, images: Tensor) -> int:
     return int((asked != logits(images)[order]).any(1).sum())
 
 
+def command_line() -> Parser:
+    """Its options."""
+    parser = Parser(__doc__)
+    add = partial(parser.add_argument, metavar="N")
+    add("--batch", type=positive, default=256, help="images of a plain pass (default: 256)")
+    add("--tile", type=int, default=TILE, help=f"images of a tile (default: {TILE})")
+    add("--rounds", type=positive, default=5, help="rounds to time, after one to warm up (default: 5)")
+    return parser
+
+
 def main() -> int:
     """Print differing images, rounds and ratios; exit status 1 if logits in tiles are not equal to the bit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=256, help="images of a plain pass (default: 256)")
-    parser.add_argument("--tile", type=int, default=TILE, help=f"images of a tile (default: {TILE})")
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (default: 5)")
+    parser = command_line()
     args = parser.parse_args()
-    if args.batch < 1 or args.rounds < 1:
-        parser.error("--batch and --rounds must be at least 1")
     try:
         check_tile(args.tile)
     except ConfigError as error:

@@ -4,11 +4,10 @@
 
 The plain step: teacher in float32 and NCHW, adaptive pooling to 4 x 4 and from there to 2 x 2 and 1, the classifier on
 every region and once more on the mean, masks filled sample after sample, checks and scores read on the host, gradients
-clipped, SGD. Ours is the trainer's, from the shipped file. Both have the same weights, views,
-threads and allocator (ours, or glibc's if MALLOC_PERTURB_=0 is set); making views is in neither. First, losses and
-steps are compared in float64, where ours takes COMPAT sdd_kd_lskd
-and the plain side clips nothing. Then the teacher folded and not, waits for the
-device, ratios in alternating rounds (wall and CPU seconds), and a group of students on one teacher forward.
+clipped, SGD. Ours is the trainer's, from the shipped file. Both have the same weights, views, threads and allocator
+(ours, or glibc's if MALLOC_PERTURB_=0 is set); making views is in neither. First, losses and steps are compared in
+float64, where ours takes COMPAT sdd_kd_lskd and the plain side clips nothing. Then the teacher folded and not, waits
+for the device, ratios in alternating rounds (wall and CPU seconds), and a group of students on one teacher forward.
 """
 
 if __name__ == "__main__":  # thread settings count only before torch is imported
@@ -16,7 +15,6 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import argparse
 import math
 import statistics
 import tempfile
@@ -34,6 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import add_args_from_yaml
+from config.cli import Parser
 from kd.kd_batches import Batches
 from kd.kd_config import KdConfig
 from kd.kd_data import KdData
@@ -41,7 +40,7 @@ from kd.losses import distillation_loss
 from kd.methods.terms import Pass
 from kd.student_run import StudentRun
 from kd.teacher import KeptLogits, Teacher, regions_of
-from scripts.versus import add_device, device_of, seconds
+from scripts.versus import bench_parser, device_of, seconds
 from utils.checkpoint import save_tensors
 from utils.ddp import World, process_group
 from utils.image_networks import ImageNetwork
@@ -267,14 +266,15 @@ def ratios(title: str, sides: dict[str, tuple[Step, str]], rounds: int, device: 
         print(f"{title}, {name}: {'; '.join(parts)}{bar}", flush=True)
 
 
+def command_line() -> Parser:
+    """Its options."""
+    return bench_parser(__doc__, rounds=5)
+
+
 def main() -> int:
     """Print the numbers; exit status 1 if the two sides disagree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_device(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (default: 5)")
+    parser = command_line()
     args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
     device = device_of(parser, args.device)
     with process_group(device) as world, tempfile.TemporaryDirectory() as name:
         return measure(world, Path(name), args.rounds)

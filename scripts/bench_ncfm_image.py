@@ -16,8 +16,8 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import argparse
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from torch import Tensor
 from condenser.Condenser_image import Condenser, ImageCondenseConfig
 from condenser.optimization import OptimizationConfig, make_optimizer
 from condenser.synthetic_image import decode
+from config.cli import Parser, positive
 from scripts.versus import (
     SIDES,
     Side,
     Step,
-    add_device,
+    bench_parser,
     device_of,
     difference,
     frequencies_of,
@@ -147,17 +148,21 @@ def bf16_is_quick(device: torch.device) -> bool:
     return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
+def command_line() -> Parser:
+    """Its options."""
+    parser = bench_parser(__doc__, rounds=3)
+    add = partial(parser.add_argument, type=positive, metavar="N")
+    text = "classes; of several numbers, what a class costs at each"
+    add("--classes", nargs="+", default=[SMALL.classes], help=f"{text} (default: {SMALL.classes})")
+    add("--batch_real", default=SMALL.batch_real, help=f"real images of a class (default: {SMALL.batch_real})")
+    parser.add_argument("--only", choices=SIDES, help="do one iteration of one side and print its peak memory")
+    return parser
+
+
 def main() -> int:
     """Print the table; exit status 1 if the two sides disagree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_device(parser)
-    parser.add_argument("--classes", type=int, nargs="+", default=[SMALL.classes], help="several: cost a class of each")
-    parser.add_argument("--batch_real", type=int, default=SMALL.batch_real)
-    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up (default: 3)")
-    parser.add_argument("--only", choices=SIDES, help="one iteration of one side: prints its peak memory")
+    parser = command_line()
     args = parser.parse_args()
-    if args.rounds < 1 or min(args.classes) < 1 or args.batch_real < 1:
-        parser.error("--rounds, --classes and --batch_real must be at least 1")
     shapes = replace(SMALL, classes=args.classes[0], batch_real=args.batch_real)
     device = device_of(parser, args.device)
     if not args.only:  # first of all: a process inherits the peak of the one that starts it

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import argparse
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,11 +25,12 @@ from torch.nn import functional as F
 
 from condenser.Condenser_text import CondenseConfig, Condenser
 from condenser.optimization import OptimizationConfig, make_optimizer
+from config.cli import Parser, positive
 from scripts.versus import (
     SIDES,
     Side,
     Step,
-    add_device,
+    bench_parser,
     device_of,
     difference,
     frequencies_of,
@@ -191,18 +191,22 @@ def start(side: str, shapes: Shapes, world: World, data: TextSet) -> Side:
     return plain_side(c, optimizer) if side == "plain" else ours(c, optimizer)
 
 
+def command_line() -> Parser:
+    """Its options."""
+    parser = bench_parser(__doc__, rounds=3)
+    add = parser.add_argument
+    names = [name for name in SHAPES if name != "tiny"]
+    add("--shapes", choices=names, default="small", help="encoder and documents (default: small)")
+    add("--classes", type=positive, metavar="N", help="classes (default: 20, with --shapes requirement 90)")
+    add("--scaled", action="store_true", help="shrink document lengths with the input, from 512")
+    parser.add_argument("--only", choices=SIDES, help="do one iteration of one side and print its peak memory")
+    return parser
+
+
 def main() -> int:
     """Print the table; exit status 1 if the two sides disagree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_device(parser)
-    parser.add_argument("--shapes", choices=[name for name in SHAPES if name != "tiny"], default="small")
-    parser.add_argument("--classes", type=int, help="default: 20 (small) or 90 (requirement)")
-    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up (default: 3)")
-    parser.add_argument("--scaled", action="store_true", help="shrink document lengths with the input, from 512")
-    parser.add_argument("--only", choices=SIDES, help="one iteration of one side: prints its peak memory")
+    parser = command_line()
     args = parser.parse_args()
-    if args.rounds < 1 or (args.classes is not None and args.classes < 1):
-        parser.error("--rounds and --classes must be at least 1")
     shapes = SHAPES[args.shapes]
     shapes = replace(shapes, classes=args.classes or shapes.classes)
     device = device_of(parser, args.device)

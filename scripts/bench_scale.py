@@ -16,12 +16,12 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import argparse
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,7 +36,8 @@ from condenser.optimization import OptimizationConfig, make_optimizer
 from condenser.synthetic_set import SyntheticSet
 from condenser.trajectory import flat_parameters
 from condenser.trajectory_condenser import TrajectoryCondenser, TrajectoryConfig
-from scripts.versus import add_device, device_of, seconds
+from config.cli import Parser, positive
+from scripts.versus import bench_parser, device_of, seconds
 from utils.ddp import World, distribute_class, process_group
 from utils.expert_buffers import ExpertBuffer, ExpertNotes, ExpertWriter, expert_file, parameters_of
 from utils.image_networks import ImageNetwork, ImageNetworkConfig, image_network
@@ -213,20 +214,23 @@ def paper(classes: int, ranks: int) -> None:
         print(f"{1e-9 * size:10.2f}  {name}")
 
 
+def command_line() -> Parser:
+    """Its options."""
+    parser = bench_parser(__doc__, rounds=3)
+    add, numbers = parser.add_argument, partial(parser.add_argument, type=positive, metavar="N")
+    numbers("--classes", nargs="+", default=[10, 20, 40, 80], help="numbers of classes (default: 10 20 40 80)")
+    add("--methods", choices=METHODS, nargs="+", default=METHODS, help="what to time (default: all)")
+    numbers("--ipc", help="samples per class (default: 10, with --full 50)")
+    add("--full", action="store_true", help="time ImageNet-1K at 64 pixels, some of its 1000 classes")
+    add("--paper", action="store_true", help="print bytes at ImageNet's shapes and run nothing")
+    numbers("--ranks", default=8, help="ranks of --paper (default: 8)")
+    return parser
+
+
 def main() -> int:
     """Print a line for every method and number of classes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_device(parser)
-    parser.add_argument("--classes", type=int, nargs="+", default=[10, 20, 40, 80])
-    parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
-    parser.add_argument("--rounds", type=int, default=3, help="timed, after one to warm up (default: 3)")
-    parser.add_argument("--ipc", type=int, help="default: 10, with --full 50")
-    parser.add_argument("--full", action="store_true", help="ImageNet-1K at 64 pixels, some of its 1000 classes")
-    parser.add_argument("--paper", action="store_true", help="bytes at ImageNet's shapes; runs nothing")
-    parser.add_argument("--ranks", type=int, default=8, help="of --paper (default: 8)")
+    parser = command_line()
     args = parser.parse_args()
-    if min(args.rounds, args.ranks, *args.classes) < 1 or (args.ipc is not None and args.ipc < 1):
-        parser.error("--rounds, --ranks, --classes and --ipc must be at least 1")
     if args.paper:
         for classes in args.classes:
             paper(classes, args.ranks)

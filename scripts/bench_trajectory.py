@@ -15,7 +15,6 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-import argparse
 import os
 import resource
 import statistics
@@ -40,7 +39,8 @@ from condenser.feature_labels import FeatureConfig
 from condenser.synthetic_set import SyntheticSet
 from condenser.trajectory import flat_parameters
 from condenser.trajectory_condenser import Start, TrajectoryCondenser, TrajectoryConfig
-from scripts.versus import add_device, device_of, seconds
+from config.cli import Parser, positive
+from scripts.versus import bench_parser, device_of, seconds
 from utils.augment import draw_augmentation
 from utils.ddp import World, process_group
 from utils.expert_buffers import ExpertBuffer, ExpertNotes, ExpertWriter, expert_file, parameters_of
@@ -284,25 +284,24 @@ def time_draw() -> None:
     print(f"two snapshots of an expert {shape}: {statistics.median(taken):.1f} ms {spread}", flush=True)
 
 
+def command_line() -> Parser:
+    """Its options."""
+    parser = bench_parser(__doc__, rounds=5)
+    add, parts, of_glibc = parser.add_argument, ("memory", "time", "draw"), ("none", "plain", "all")
+    add("--steps", type=positive, metavar="N", default=10, help="steps of the student that is timed (default: 10)")
+    add("--memory_budget", type=float, metavar="GB", default=4.0, help="what exact_kept may take (default: 4)")
+    add("--what", choices=parts, nargs="+", default=list(parts), help="what to measure (default: all)")
+    add("--glibc", choices=of_glibc, default="none", help="sides timed with glibc's allocator (default: none)")
+    add("--only", choices=SIDES, help="print the peak memory of one side, or with --what time serve its times")
+    return parser
+
+
 def main() -> int:
     """Print the numbers; exit status 1 if the sides disagree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_device(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (default: 5)")
-    parser.add_argument("--steps", type=int, default=10, help="of the student whose time is taken (default: 10)")
-    parser.add_argument("--memory_budget", type=float, default=4.0, help="GB, of exact_kept (default: 4)")
-    parts = ("memory", "time", "draw")
-    parser.add_argument("--what", choices=parts, nargs="+", default=list(parts), help="default: all three")
-    parser.add_argument(
-        "--glibc",
-        choices=("none", "plain", "all"),
-        default="none",
-        help="sides timed with its allocator (default: none)",
-    )
-    parser.add_argument("--only", choices=SIDES, help="peak memory of one side, or with --what time its server")
+    parser = command_line()
     args = parser.parse_args()
-    if min(args.rounds, args.steps) < 1 or args.memory_budget < 0:
-        parser.error("--rounds and --steps must be at least 1, --memory_budget at least 0")
+    if args.memory_budget < 0:
+        parser.error(f"--memory_budget: {args.memory_budget:g} GB; 0 or more")
     device = device_of(parser, args.device)
     if "memory" in args.what and not args.only:  # first of all: a process inherits the peak of the one that starts it
         peaks()

@@ -1,9 +1,12 @@
-"""Say what this installation has, lacks and hides: python -m scripts.doctor
+"""Say what this installation has, lacks and hides.
 
-Ends with status 1 if a dependency is broken or a stranger's package hides one of ours, else 0.
-It imports nothing of the project, so that it also runs where the project does not.
+    python -m scripts.doctor
+
+Ends with status 1 if a dependency is broken or a stranger's package hides one of ours, else 0. It imports nothing of
+the project, so that it also runs where the project does not.
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -11,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions, version
 from pathlib import Path
 
@@ -36,8 +39,14 @@ print(json.dumps({n: s and (s.origin or list(s.submodule_search_locations)[0]) f
 """
 
 
-def main() -> int:
+def command_line() -> argparse.ArgumentParser:
+    """No options but --help."""
+    return argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def main(words: Sequence[str] = ()) -> int:
     """Print the report. Returns the exit status."""
+    command_line().parse_args(words)
     if sys.version_info < (3, 11):  # noqa: UP036 - the doctor is what one runs with the wrong Python
         print(f"PROBLEM  Python {platform.python_version()}: 3.11 or newer is needed: {REPAIR}")
         return 1
@@ -142,4 +151,4 @@ def hub() -> list[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Fetch the public CIFAR-100 teachers and convert them to ours: python -m scripts.fetch_teachers [NAME ...]
+"""Fetch the public CIFAR-100 teachers and convert them to ours.
 
     python -m scripts.fetch_teachers resnet32x4 wrn_40_2 --url MIRROR/cifar_teachers.tar
 
@@ -7,7 +7,6 @@ is the pinned one; a teacher without a pin, if it fits the network in every name
 result is save/models/NAME_vanilla/NAME.safetensors, where students look.
 """
 
-import argparse
 import hashlib
 import logging
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import ConfigError
+from config.cli import Parser
 from utils.checkpoint import atomic_write, save_tensors
 from utils.downloads import length, receive
 from utils.kd_networks import kd_network, load_public
@@ -77,16 +77,23 @@ def take(name: str, data: bytes, folder: Path) -> Path:
     return target
 
 
+def command_line() -> Parser:
+    """Its options."""
+    parser, save = Parser(__doc__), REPOSITORY / "save" / "models"
+    parser.add_argument(
+        "names", nargs="*", default=TEACHERS, metavar="NAME", help=f"{', '.join(TEACHERS)} (default: all)"
+    )
+    parser.add_argument(
+        "--save", type=Path, metavar="DIR", default=save, help="folder of all teachers (default: save/models)"
+    )
+    parser.add_argument("--url", action="append", default=[], metavar="URL", help="an archive to try first")
+    parser.add_argument("--single", action="store_true", help="take a file a teacher instead of the archive")
+    return parser
+
+
 def main() -> int:
     """Exit status: 1 if a teacher could not be had."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*", default=TEACHERS, metavar="NAME", help=", ".join(TEACHERS))
-    parser.add_argument("--save", type=Path, default=REPOSITORY / "save" / "models", help="folder of all teachers")
-    parser.add_argument("--url", action="append", default=[], help="an archive to try first")
-    parser.add_argument("--single", action="store_true", help="a file a teacher instead of the archive")
-    given = parser.parse_args()
+    given = command_line().parse_args()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     for name in given.names:
         folder = given.save / f"{name}_vanilla"

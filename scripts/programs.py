@@ -6,24 +6,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from condense.continual_script import ContinualConfig, continual_folder
-from condense.image_job import OPTIONS as IMAGE_OPTIONS
-from condense.image_job import ImageConfig
-from condense.job import OPTIONS as TEXT_OPTIONS
+from condense import (
+    condense_script,
+    condense_script_text,
+    continual_script,
+    evaluate_script,
+    evaluate_script_text,
+    pretrain_script,
+    pretrain_script_text,
+)
 from condense.job import bank_folder, condense_folder, evaluate_folder
-from condense.text_job import TextConfig
 from config import Option, Section, flatten
-from distill_feat.buffer import OPTIONS as BUFFER_OPTIONS
-from distill_feat.buffer import BufferConfig, expert_folder
-from distill_feat.datm import OPTIONS as DATM_OPTIONS
-from distill_feat.dc import DC, DC_OPTIONS, DcConfig
-from distill_feat.trajectory_job import TRAJECTORY_OPTIONS, TrajectoryRunConfig, method
+from distill_feat import buffer, datm, dc, mtt
+from distill_feat.trajectory_job import method
+from kd import distill_text, text_config, train
 from kd.kd_config import OF_TEACHER, SHARED, KdConfig
-from kd.kd_config import OPTIONS as KD_OPTIONS
-from kd.places import run_folder as kd_folder
+from kd.places import run_folder
 from kd.scoring import COLUMNS
-from kd.text_config import DistillTextConfig
-from kd.text_config import run_folder as text_folder
 from utils.expert_buffers import expert_file
 from utils.run_folder import RESULT
 from utils.teachers import missing_members
@@ -45,8 +44,7 @@ def alone(cfg: Any) -> str:
 class Program:
     """A program, by what its settings `cfg` say."""
 
-    schema: type[Section]
-    options: tuple[Option, ...]
+    takes: tuple[type[Section], tuple[Option, ...]]  # schema and options
     folder: Callable[[Any], Path]  # of its run, or of all that it makes
     finished: Callable[[Path, Any], bool] = has_result
     seed: str = "seed"
@@ -60,7 +58,7 @@ def has_teachers(folder: Path, cfg: Any) -> bool:
     return not missing_members(folder, cfg.condense.num_premodel, cfg.condense.teacher_model_epoch)
 
 
-def has_experts(folder: Path, cfg: BufferConfig) -> bool:
+def has_experts(folder: Path, cfg: buffer.BufferConfig) -> bool:
     """Whether all are there."""
     return all(expert_file(folder, number).exists() for number in range(cfg.experts.num_experts))
 
@@ -72,19 +70,17 @@ def shared_teacher(cfg: KdConfig) -> str:
 
 
 PROGRAMS = {
-    "condense/pretrain_script_text.py": Program(TextConfig, TEXT_OPTIONS, bank_folder, has_teachers),
-    "condense/condense_script_text.py": Program(TextConfig, TEXT_OPTIONS, condense_folder, columns=LEARNED),
-    "condense/evaluate_script_text.py": Program(TextConfig, TEXT_OPTIONS, evaluate_folder),
-    "condense/pretrain_script.py": Program(ImageConfig, IMAGE_OPTIONS, bank_folder, has_teachers),
-    "condense/condense_script.py": Program(ImageConfig, IMAGE_OPTIONS, condense_folder, columns=LEARNED),
-    "condense/evaluate_script.py": Program(ImageConfig, IMAGE_OPTIONS, evaluate_folder),
-    "condense/continual_script.py": Program(ContinualConfig, IMAGE_OPTIONS, continual_folder),
-    "distill_feat/buffer.py": Program(BufferConfig, BUFFER_OPTIONS, expert_folder, has_experts, "experts.seed"),
-    "distill_feat/dc.py": Program(DcConfig, DC_OPTIONS, DC.judge_folder),
-    "distill_feat/mtt.py": Program(TrajectoryRunConfig, TRAJECTORY_OPTIONS, method("mtt").judge_folder),
-    "distill_feat/datm.py": Program(TrajectoryRunConfig, DATM_OPTIONS, method("datm").judge_folder),
-    "kd/train.py": Program(
-        KdConfig, KD_OPTIONS, kd_folder, seed="SEED", columns=COLUMNS, group=shared_teacher, at_root=True
-    ),
-    "kd/distill_text.py": Program(DistillTextConfig, (), text_folder, at_root=True),
+    "condense/pretrain_script_text.py": Program(pretrain_script_text.TAKES, bank_folder, has_teachers),
+    "condense/condense_script_text.py": Program(condense_script_text.TAKES, condense_folder, columns=LEARNED),
+    "condense/evaluate_script_text.py": Program(evaluate_script_text.TAKES, evaluate_folder),
+    "condense/pretrain_script.py": Program(pretrain_script.TAKES, bank_folder, has_teachers),
+    "condense/condense_script.py": Program(condense_script.TAKES, condense_folder, columns=LEARNED),
+    "condense/evaluate_script.py": Program(evaluate_script.TAKES, evaluate_folder),
+    "condense/continual_script.py": Program(continual_script.TAKES, continual_script.continual_folder),
+    "distill_feat/buffer.py": Program(buffer.TAKES, buffer.expert_folder, has_experts, "experts.seed"),
+    "distill_feat/dc.py": Program(dc.TAKES, dc.DC.judge_folder),
+    "distill_feat/mtt.py": Program(mtt.TAKES, method("mtt").judge_folder),
+    "distill_feat/datm.py": Program(datm.TAKES, method("datm").judge_folder),
+    "kd/train.py": Program(train.TAKES, run_folder, seed="SEED", columns=COLUMNS, group=shared_teacher, at_root=True),
+    "kd/distill_text.py": Program(distill_text.TAKES, text_config.run_folder, at_root=True),
 }

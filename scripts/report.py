@@ -1,13 +1,12 @@
-"""One page of run folders, side by side if there are several, that needs no other file: python -m scripts.report RUN...
+"""Write one page of run folders, side by side if there are several, that needs no other file.
 
     python -m scripts.report results/distill_feat/mtt/digits/ipc1/table_real_noF_seed0_397d7481
     python -m scripts.report RUN RUN RUN --out compare.html            # what differs, then a column each
 
 Any run of any program, finished or not: what it reported, else its curves and images so far; its configuration, its
-command, and the environment that it ended in. What stands in the folders is shown as text, whoever wrote it.
+command, and the environment that it was started in. What stands in the folders is shown as text, whoever wrote it.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import yaml
 from condenser.synthetic_image import image_grid
 from condenser.synthetic_set import load_synthetic
 from config import ConfigError
+from config.cli import Parser
 from utils.checkpoint import atomic_write
 from utils.report import (
     CONFIGURATION,
@@ -35,22 +35,17 @@ from utils.report import (
     loss_curve,
     read_markdown,
     render_html,
+    repeat_blocks,
 )
-from utils.run_folder import RESULT
+from utils.run_folder import ENVIRONMENT, RESULT, starts_of
 
 Points = dict[str, list[tuple[int, float]]]
 STEPS = ("epoch", "iteration", "step")  # what a curve is drawn over: the first that is there
 PANELS = 12
-# Who made a run that does not say so (it has not ended, or ended long ago): a part of its place, or a key of its own.
-PLACES = {
-    "distill_feat/dc": "distill_feat/dc.py", "distill_feat/mtt": "distill_feat/mtt.py",
-    "distill_feat/datm": "distill_feat/datm.py", "condense/continual": "condense/continual_script.py",
-    "condense/evaluate": "condense/evaluate_script{}.py", "condense/condense": "condense/condense_script{}.py",
-}  # fmt: skip
-KEYS = {
-    "EXPERIMENT.PROJECT": "kd/train.py", "experts.num_experts": "distill_feat/buffer.py",
-    "student.arms": "kd/distill_text.py",
-}  # fmt: skip
+UNKNOWN = (
+    f"The command and the environment are not known: the folder has no {ENVIRONMENT}. "
+    "The program that wrote it reads its configuration again with --config_path=args.log."
+)
 
 
 @dataclass(frozen=True)
@@ -82,16 +77,6 @@ class Run:
         else:
             text = "UNFINISHED: " + (f"last {self.step} written: {last}." if last is not None else "no metrics yet.")
         return text + (f" {self.damaged} damaged lines of metrics.jsonl left out." if self.damaged else "")
-
-    @property
-    def command(self) -> str:
-        """A command that runs its configuration again."""
-        place = f"/{self.folder.resolve().as_posix()}/"
-        found = [program for key, program in KEYS.items() if key in self.settings]
-        found += [program for part, program in PLACES.items() if f"/{part}/" in place]
-        program = found[0].format("_text" if "network.model_path" in self.settings else "") if found else "PROGRAM"
-        flag = "--cfg" if program == "kd/train.py" else "--config_path"
-        return f"python {program} {flag} {self.folder / 'args.log'}"
 
 
 def text_of(path: Path) -> str:
@@ -207,10 +192,10 @@ def run_blocks(run: Run, scratch: Path) -> tuple[str, list[Block]]:
     title, blocks = read_markdown(text_of(report), run.folder) if report.exists() else ("", own_blocks(run, scratch))
     blocks.insert(0, Paragraph(f"{run.state} Folder: {run.folder}"))
     if not any(isinstance(block, Heading) and block.text == REPEAT for block in blocks):
-        note = "The environment was not written down: programs do so in the report at their end."
-        blocks += [Heading(REPEAT), Code(run.command), Paragraph(note)]
-    if run.result is None and log.exists():
-        blocks += [Heading("Last lines of its log"), Code("\n".join(text_of(log).splitlines()[-12:]))]
+        starts = starts_of(run.folder)
+        blocks += repeat_blocks(starts) if starts else [Heading(REPEAT), Paragraph(UNKNOWN)]
+    if run.result is None and log.exists() and (lines := text_of(log).splitlines()[-12:]):
+        blocks += [Heading("Last lines of its log"), Code("\n".join(lines))]
     return title or run.name, [*blocks, Code(run.args, CONFIGURATION)]
 
 
@@ -257,14 +242,18 @@ def lowered(block: Block) -> Block:
     return Heading(block.text, min(6, block.level + 1)) if isinstance(block, Heading) else block
 
 
+def command_line() -> Parser:
+    """Its options."""
+    parser = Parser(__doc__)
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folder of a run")
+    text = "the page (default: RUN/report.html, of several report.html)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=text)
+    return parser
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Exit status."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run's folder")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html, of several ./report.html")
-    given = parser.parse_args(words)
+    given = command_line().parse_args(words)
     out = given.out or (given.runs[0] if len(given.runs) == 1 else Path()) / "report.html"
     try:
         if len(given.runs) > 26:

@@ -10,7 +10,6 @@ What is below --- starts when all above has ended. What is finished is skipped, 
 listed and ends in exit status 1. Other words go to the programs: overrides, and options such as --overwrite.
 """
 
-import argparse
 import logging
 import re
 import shutil
@@ -24,6 +23,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from config import ConfigError, add_args_from_yaml, parse_command_line
+from config.cli import Parser, positive
 from scripts.programs import PROGRAMS, Program
 from scripts.slots import Ended, Job, last_words, run_jobs, slots_of
 from utils.checkpoint import load_json
@@ -103,13 +103,14 @@ def read_sweep(path: Path, seeds: Sequence[int], more: Sequence[str]) -> list[Pl
                 raise ConfigError(f"{where}: '{line}': expected a name, a configuration and overrides, below [words]")
             elif words and (seed == seeds[0] or "SEEDS" not in line):
                 program = PROGRAMS[script]
+                schema, options = program.takes
                 for name, (config, *own) in choices(words[0], words[1:]):
                     own = [word.replace("SEEDS", ",".join(map(str, seeds))) for word in own]
                     file = " ".join([str(REPOSITORY / "config" / config), f"{program.seed}={seed}", *own])
-                    command = parse_command_line([f"--config_path={file}", *more], "", program.options)
+                    command = parse_command_line([f"--config_path={file}", *more], "", options)
                     place, last = command.configs[0]
                     base = REPOSITORY if program.at_root else (REPOSITORY / script).parent
-                    cfg = add_args_from_yaml(program.schema, place, (*command.overrides, *last), base).config
+                    cfg = add_args_from_yaml(schema, place, (*command.overrides, *last), base).config
                     run = Planned(name, origin, block, script, file, seed, cfg)
                     runs.setdefault((script, run.folder), run)
     return sorted(runs.values(), key=lambda run: run.block)
@@ -248,32 +249,37 @@ def summary(runs: Sequence[Planned], parts: Sequence[Sequence[Planned]], logs: P
     return 1 if lines else 0
 
 
-def main() -> int:
-    """Exit status."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def command_line() -> Parser:
+    """What reads it."""
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("file", type=Path, help="the sweep")
-    add("--seeds", default="0", help="every run with each, as in 0,1,2 (default: 0)")
-    add("--logs", type=Path, help="folder of what the programs say (default: logs/FILE)")
-    add("--slots", type=int, help="processes side by side, each on its GPUs or cores (default: as many as GPUs, or 1)")
-    add("--ranks", type=int, default=1, help="ranks of a process (default: 1)")
-    add("--group_size", type=int, default=16, help="most runs of one process, where they can share (default: 16)")
+    add("file", metavar="FILE", type=Path, help="the sweep")
+    add("--seeds", metavar="LIST", default="0", help="every run with each, as in 0,1,2 (default: 0)")
+    add("--logs", metavar="DIR", type=Path, help="what the programs say goes there (default: logs/FILE)")
+    add(
+        "--slots",
+        metavar="N",
+        type=positive,
+        help="processes side by side (default: what the GPUs take, or 1)",
+    )
+    add("--ranks", metavar="N", type=positive, default=1, help="ranks of a process (default: 1)")
+    add("--group_size", metavar="N", type=positive, default=16, help="most runs that share a process (default: 16)")
     add("--only", metavar="TEXT", default="", help="runs whose name has this text")
     add("--dry_run", action="store_true", help="list the runs and what is finished")
-    add("--sbatch", type=Path, metavar="TEMPLATE", help="hand the runs to SLURM, --slots at a time, and leave")
-    add("--task", type=int, metavar="N", help="only process N, as an array of SLURM does")
+    add("--sbatch", metavar="TEMPLATE", type=Path, help="hand the runs to SLURM, --slots at a time, and leave")
+    add("--task", metavar="N", type=int, help="only process N, as an array of SLURM does")
     add("--summary", action="store_true", help="only the table of what is finished")
-    given, more = parser.parse_known_args()
+    return parser
+
+
+def main() -> int:
+    """Exit status."""
+    given, more = command_line().parse_known_args()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logs = (given.logs or Path("logs") / given.file.stem).absolute()
     try:
         if not all(word.isdecimal() for word in given.seeds.split(",")):
             raise ConfigError(f"--seeds: '{given.seeds}' is not a list such as 0,1,2")
-        for name, value in (("slots", given.slots), ("ranks", given.ranks), ("group_size", given.group_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name}: {value}; at least 1")
         seeds = [int(word) for word in given.seeds.split(",")]
         runs = [run for run in read_sweep(given.file, seeds, more) if given.only in run.name]
         if not runs:

@@ -1,4 +1,4 @@
-"""Result tables of README and RESULTS files from numbers of runs that are kept beside them: python -m scripts.table
+"""Make the result tables of README and RESULTS files from numbers of runs that are kept beside them.
 
     python -m scripts.table collect condense/results.jsonl RUN...    # keep the numbers of finished runs
     python -m scripts.table write                                    # every table anew, in its place
@@ -10,7 +10,6 @@ runs that are gone) with the command that printed them. Every table of a RESULTS
 table with a number for a cell in a README. A translation (README.xx.md) has its own words, the same numbers.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -25,6 +24,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from config import ConfigError, Section
+from config.cli import Parser
 from utils.checkpoint import atomic_write
 from utils.report import NUMBER
 from utils.run_folder import REPOSITORY, RESULT
@@ -46,7 +46,8 @@ class Column(Section):
     runs: str = ""  # a pattern of runs: the numbers of all that match are one sample
     against: str = ""  # a row: mean and standard error of the paired differences to it
     digits: int = 1
-    of: Literal["spread", "mean", "median"] = "spread"  # spread: mean ± deviation
+    of: Literal["spread", "mean", "median", "count"] = "spread"  # spread: mean ± deviation; count: how many there are
+    instead: list[str] = ["", ""]  # in the row's pattern of runs, and what stands there for this column
 
 
 class Row(Section):
@@ -170,7 +171,9 @@ def sample(records: Sequence[Record], runs: str, row: str, score: str) -> list[f
 
 def cell(records: Sequence[Record], runs: str, row: str, column: Column) -> str:
     """Mean ± deviation, of one number no deviation; against another row ± standard error."""
-    values, sign, share = sample(records, runs, row, column.score), "", 1.0
+    values, sign, share = sample(records, runs.replace(column.instead[0], column.instead[1]), row, column.score), "", 1.0
+    if column.of == "count":
+        return str(len(values))
     if column.against:
         base = sample(records, runs, column.against, column.score)
         values, sign = [a - b for a, b in zip(values, base, strict=True)], "+"
@@ -266,14 +269,19 @@ def check(root: Path, write: bool = False) -> list[str]:
     return [*complaints, *(f"{name}: no table has this marker" for name in sorted(found.keys() - used))]
 
 
+def command_line() -> Parser:
+    """Its options."""
+    parser = Parser(__doc__)
+    parser.add_argument("what", choices=("collect", "write", "check"), help="what to do")
+    parser.add_argument(
+        "paths", nargs="*", type=Path, metavar="PATH", help="with collect: a results.jsonl, then folders of runs"
+    )
+    return parser
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Exit status."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("what", choices=("collect", "write", "check"))
-    parser.add_argument("paths", nargs="*", type=Path, help="of collect: a results.jsonl, then folders of runs")
-    given = parser.parse_args(words)
+    given = command_line().parse_args(words)
     try:
         if given.what == "collect":
             if len(given.paths) < 2 or given.paths[0].suffix != ".jsonl":

@@ -1,6 +1,5 @@
 """A plain per-class loop against our condenser: the same gradients in float64, then seconds in alternating rounds."""
 
-import argparse
 import resource
 import statistics
 import subprocess
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from condenser.matching import ClassCondenser
+from config.cli import Parser, positive
 from NCFM.cf_loss import frequencies
 from utils.ddp import choose_device
 from utils.streams import generator
@@ -157,12 +157,16 @@ def report(side: str, plain: Sequence[float], taken: Sequence[dict[str, float]],
         print(f"  {side}, {mode}: {statistics.median(own):.3f} s/iteration, plain / this {spread}", flush=True)
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """The option --device of every benchmark."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+def bench_parser(doc: str | None, rounds: int) -> Parser:
+    """The command line that every benchmark begins with."""
+    parser = Parser(doc)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: a GPU if there is one)")
+    text = f"rounds to time, after one to warm up (default: {rounds})"
+    parser.add_argument("--rounds", type=positive, metavar="N", default=rounds, help=text)
+    return parser
 
 
-def device_of(parser: argparse.ArgumentParser, given: str | None) -> torch.device:
+def device_of(parser: Parser, given: str | None) -> torch.device:
     """What --device means here; a usage error where there is none such."""
     if given == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device here")

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ROOT, Ended, start, torchrun, wait
-from mini_lab import NITER, Lab, make_lab
+from mini_lab import CLASSES, NITER, Lab, make_lab
+
+from utils.report import Table, read_markdown
+from utils.run_folder import starts_of
 
 PROGRAMS = ("pretrain_script_text", "condense_script_text", "evaluate_script_text")
 
@@ -120,6 +123,22 @@ def test_stopped_run_goes_on_with_another_number_of_ranks(base: Lab, stopped: La
     save = copy_run(stopped, "more_ranks")
     assert "resumed at iteration" in wait(base.condense(save, ranks=2)).err
     assert float((base.rows(save) - base.rows("base")).abs().max()) <= 1e-5
+    folder = base.run_folder(save)
+    assert [start.environment["processes"] for start in starts_of(folder)] == ["1", "2"]
+    page = (folder / "report.html").read_text()
+    assert "torchrun --nproc_per_node=2" in page and "Commands of earlier starts" in page
+
+
+def test_a_set_that_was_not_moved_says_words_of_its_class_in_its_report(lab: Lab) -> None:
+    wait(lab.condense("unmoved", "condense.niter=0"))
+    _, blocks = read_markdown((lab.run_folder("unmoved") / "report.md").read_text(), lab.run_folder("unmoved"))
+    (table,) = (block for block in blocks if isinstance(block, Table) and "words" in block.header)
+    documents = [json.loads(line) for line in (lab.folder / "data" / "train.jsonl").read_text().splitlines()]
+    for name, labels, words in table.rows:
+        text = " ".join(document["text"] for document in documents if name in document["labels"])
+        said = {*words.split()} - {"[CLS]", "[SEP]"}
+        assert name in labels and said and all(word in text for word in said)
+    assert {row[0] for row in table.rows} == {*CLASSES}
 
 
 def break_state(lab: Lab) -> list[str]:

@@ -21,6 +21,7 @@ from config import (
     add_args_from_yaml,
     parse_command_line,
 )
+from config.document import COMMAND_LINE, parse
 from config.loader import flatten
 
 
@@ -148,6 +149,12 @@ def test_numbers_read_as_python_reads_them(text: str) -> None:
 @pytest.mark.parametrize("text", ["010", "1:30", "1e", "e4", "2024-01-31", "1.2.3"])
 def test_nothing_else_is_taken_for_a_number(text: str) -> None:
     assert problems(GOOD, f"condense.lr={text}") == [f"command line: condense.lr: '{text}' is not a number"]
+
+
+@pytest.mark.parametrize("text", ["off", "no", "on", "Yes"])
+def test_only_true_and_false_are_truth_values(text: str) -> None:
+    assert parse(text, COMMAND_LINE, PROGRAM, []) == text
+    assert problems(GOOD, f"debug={text}") == [f"command line: debug: '{text}' is not true or false"]
 
 
 def test_lists_become_tuples_and_everything_is_frozen() -> None:

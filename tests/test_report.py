@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from condenser.synthetic_set import SyntheticSet
 from config import add_args_from_yaml, nested
 from kd.kd_config import KdConfig
 from scripts import report
+from utils.ddp import process_group
 from utils.report import (
     Block,
     Code,
@@ -28,7 +30,7 @@ from utils.report import (
     render_markdown,
     write_report,
 )
-from utils.run_folder import REPOSITORY
+from utils.run_folder import ENVIRONMENT, REPOSITORY, RunFolder, Start, starts_of, this_start
 
 HOSTILE = "a|b \\ <script>alert(1)</script> [x](http://x.y) `c` *d* __init__ layer_index & &amp; $x$"
 TABLE = Table(("set", "micro-F1"), (("full data", "80.9 ± 0.4"), (HOSTILE, "-")), "mean of 3 seeds")
@@ -252,7 +254,7 @@ def test_a_run_without_a_report_shows_numbers_curves_images_configuration_and_co
     assert {"match", "0.25", "of.students", "3"} <= set(texts)
     assert any(text.startswith("Finished. 1 damaged") for text in texts)
     assert sum(tag == "img" and name == "src" for tag, name, _ in page.attributes) == 3
-    assert f"python distill_feat/dc.py --config_path {folder / 'args.log'}" in texts
+    assert report.UNKNOWN in texts and "Environment" not in texts
     configuration = next(text for tag, text in page.texts if tag == "code" and "ipc" in text)
     assert yaml.safe_load(configuration)["text"] == HOSTILE
     assert not any("log" in text for tag, text in page.texts if tag == "h2")
@@ -263,6 +265,55 @@ def test_an_unfinished_run_says_so_and_how_far_it_came(tmp_path: Path) -> None:
     texts = [text for _, text in page.texts]
     assert any(text.startswith("UNFINISHED: last iteration written: 5. 1 damaged") for text in texts)
     assert f"first\n{HOSTILE}" in texts
+
+
+def open_run(folder: Path) -> None:
+    with process_group(torch.device("cpu")) as world:
+        run = RunFolder(folder, {"seed": 0}, world)
+        run.end_log()
+        assert run.lock
+        run.lock.close()
+
+
+def test_a_killed_run_says_how_and_where_it_was_started_and_an_old_start_stays(tmp_path: Path) -> None:
+    folder, there = tmp_path / "run", Start("cd /there\npython a.py " + HOSTILE, {"python": "3.0", "device": HOSTILE})
+    open_run(folder)
+    first = shown([folder], tmp_path / "page.html").texts
+    assert ("code", this_start().command) in first and ("td", torch.__version__.split("+")[0]) in first
+    assert ("summary", "Commands of earlier starts") not in first
+    (folder / ENVIRONMENT).write_text(json.dumps([asdict(there), asdict(this_start())]))
+    open_run(folder)
+    assert starts_of(folder) == (there, this_start())  # each once
+    (folder / ENVIRONMENT).write_text(json.dumps([asdict(this_start()), asdict(there)]))
+    open_run(folder)
+    assert starts_of(folder) == (there, this_start())  # the last one last
+    texts = shown([folder], tmp_path / "page.html").texts
+    assert {("code", f"# start 1\n{there.command}"), ("code", this_start().command), ("td", HOSTILE)} <= set(texts)
+    assert [text for tag, text in texts if tag == "th"] == ["what", "start 1", "last start"]
+    write_report(folder, "ended", [])
+    ended = shown([folder], tmp_path / "page.html").texts
+    assert ended.count(("h2", "Environment")) == 1 and {("td", HOSTILE), ("code", this_start().command)} <= {*ended}
+
+
+def test_a_finished_run_that_is_asked_again_keeps_what_it_said(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    open_run(folder)
+    (folder / ENVIRONMENT).write_text(json.dumps([asdict(Start("python a.py", {}))]))
+    (folder / "result.json").write_text("{}")
+    before = (folder / ENVIRONMENT).read_bytes()
+    open_run(folder)
+    assert (folder / ENVIRONMENT).read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{}", "5", '[{"command": 1}]', "[" * 5000, "\udcff"])
+def test_a_damaged_environment_is_one_line_with_a_remedy(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "run", finished=False)
+    (folder / ENVIRONMENT).write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert report.main([str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "delete it" in said and said.count("\n") == 1
 
 
 def test_a_finished_report_is_shown_with_what_repeats_it(tmp_path: Path, curve: Path) -> None:
@@ -277,13 +328,12 @@ def test_a_finished_report_is_shown_with_what_repeats_it(tmp_path: Path, curve: 
     assert missing == [("figcaption", TABLE.caption)] and ("p", TABLE.caption) in texts  # all else word for word
 
 
-def test_a_configuration_reads_back_from_the_args_log_that_the_command_names(tmp_path: Path) -> None:
+def test_a_configuration_reads_back_from_its_args_log(tmp_path: Path) -> None:
     cfg = add_args_from_yaml(
         KdConfig, REPOSITORY / "config" / "kd" / "digits" / "sdd_kd_lskd.yaml", (), tmp_path
     ).config
     folder = make_run(tmp_path / "run", finished=False)
     (folder / "args.log").write_text(yaml.safe_dump(nested(cfg)))
-    assert report.read_run(folder).command == f"python kd/train.py --cfg {folder / 'args.log'}"
     assert add_args_from_yaml(KdConfig, folder / "args.log", (), tmp_path).config == cfg
 
 

@@ -154,49 +154,54 @@ def test_a_gpu_has_one_run_and_too_many_slots_are_refused(monkeypatch: pytest.Mo
 
 
 SBATCH = """#!{python}
-import json, os, subprocess, sys
-words = sys.argv[1:]
-own = [word for word in words if word.startswith("--")][: words.index(next(w for w in words if not w.startswith("--")))]
-given = dict(word[2:].partition("=")[::2] for word in own)
-calls = {place!r} + "/calls"
-number = len(os.listdir(calls)) + 1
-open(f"{{calls}}/{{number}}", "w").write(json.dumps([given, words[len(own):]]))
-for task in given.get("array", "").partition("%")[0].split(","):
-    env = dict(os.environ, SLURM_JOB_ID=str(number), **({{"SLURM_ARRAY_TASK_ID": task}} if task else {{}}))
-    done = subprocess.run(["bash", *words[len(own):]], env=env, capture_output=True, text=True)
-    open(f"{place}/ended", "a").write(f"{{number}} {{task}} {{done.returncode}}\\n{{done.stdout}}{{done.stderr}}")
-print(number)
+import json, os, sys
+with open("calls", "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+print(sum(1 for _ in open("calls")))
 """
 
 
-def test_slurm_gets_an_array_a_block_and_the_table_last(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "calls").mkdir()
-    for name, text in (("sbatch", SBATCH.format(python=sys.executable, place=str(tmp_path))), ("scontrol", "")):
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(stat.S_IRWXU)
+def command(place: Path, name: str, text: str) -> None:
+    (place / name).write_text(text)
+    (place / name).chmod(stat.S_IRWXU)
+
+
+def test_slurm_gets_an_array_a_block_and_the_table_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(tmp_path, "sbatch", SBATCH.format(python=sys.executable))
     file = tmp_path / "two.txt"
     tiny = f"buffer_path={tmp_path}/e experts.num_experts=1 experts.train_epochs=2 network.width=4"
     file.write_text(
         f"[experts] distill_feat/buffer.py\nexperts distill_feat/buffer/digits.yaml {tiny}\n---\n"
         f"[crash] kd/train.py\nbad kd/digits/kd.yaml DISTILLER.TEACHERS={tmp_path}/none LOG.PREFIX={tmp_path}/kd\n"
     )
-    words = [file, "--logs", tmp_path / "logs", "--sbatch", ROOT / "scripts" / "slurm.sbatch", "--slots=2"]
-    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    command = [sys.executable, ROOT / "scripts" / "sweep.py", *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, check=True)
-    calls = [json.loads((tmp_path / "calls" / str(number)).read_text()) for number in (1, 2, 3)]
-    assert [given.get("array") for given, _ in calls] == ["0%2", "1%2", None]
-    assert [given.get("dependency") for given, _ in calls] == [None, "afterany:1", "afterany:2"]
-    assert "processes 1" in done.stderr and "the table" in done.stderr
-    ended = (tmp_path / "ended").read_text()
-    assert "1 0 0\n" in ended and "2 1 1\n" in ended and "3  1\n" in ended
-    assert "NOT FINISHED  bad, seed 0" in ended and "no teacher" in ended and "1/1" in ended
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    given = ["--logs", "logs", "--slots=2"]
+    monkeypatch.setattr(sys, "argv", ["", str(file), "--sbatch", f"{ROOT}/scripts/slurm.sbatch", *given])
+    assert sweep.main() == 0
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    of_slurm = [[word for word in call if word.startswith(("--parsable", "--array"))] for call in calls]
+    assert of_slurm == [["--parsable", "--array=0%2"], ["--parsable", "--array=1%2"], ["--parsable"]]
+    assert ["--dependency=afterany:1" in calls[1], "--dependency=afterany:2" in calls[2]] == [True, True]
+    ours = [call[call.index(sys.executable) :] for call in calls]
+    assert ours[0] == ours[1] == [sys.executable, f"{ROOT}/scripts/sweep.py", str(file), *given]
+    assert ours[2] == [*ours[0], "--summary"]
+
+    words, env = ["bash", f"{ROOT}/scripts/slurm.sbatch", *ours[0]], os.environ | {"SLURM_ARRAY_TASK_ID": "0"}
+    subprocess.run(words, env=env, check=True)
+    monkeypatch.setattr(sys, "argv", [*ours[1][1:], "--task", "1"])
+    assert sweep.main() == 1
+    monkeypatch.setattr(sys, "argv", ours[2][1:])
+    capsys.readouterr()
+    assert sweep.main() == 1
+    said = capsys.readouterr()
+    assert "NOT FINISHED  bad, seed 0: " in said.err and "no teacher" in said.err and "1/1" in said.out
 
 
 def test_a_job_of_slurm_that_saved_and_left_is_put_back(tmp_path: Path) -> None:
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/put_back\n')
-    (tmp_path / "scontrol").chmod(stat.S_IRWXU)
+    command(tmp_path, "scontrol", f'#!/bin/sh\necho "$@" > {tmp_path}/put_back\n')
     run = "import signal,sys,time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
     run += f"open('{tmp_path}/on','w').close()\ntime.sleep(60)"
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "71"}

@@ -78,6 +78,19 @@ def test_cells_are_mean_and_deviation_over_students_as_numpy_has_them(root: Path
     assert check(root) == []
 
 
+def test_a_column_may_count_and_may_be_of_other_runs(root: Path) -> None:
+    run = make_run(root / "results" / "room" / "timed" / "run")
+    (run / "students" / "learned_seed9_9.json").write_text('{"test": 0.0, "seconds": 2000.0}')
+    collect(root / "room" / "results.jsonl", [run])
+    column = "- {title: n, score: seconds, of: count, instead: [digits, timed]}"
+    edit(root / "room" / "tables.yaml", "of: median}", f"of: median}}\n    {column}")
+    edit(root / "README.md", "| s |", "| s | n |")
+    edit(root / "README.md", "---:|---:|---:|\n", "---:|---:|---:|---:|\n")
+    edit(root / "README.md", " | 2 |\n| random", " | 2 | 5 |\n| random")
+    edit(root / "README.md", "| | 2 |", "| | 2 | 4 |")
+    assert check(root) == []
+
+
 @pytest.mark.parametrize(
     "old, new", [("80.7", "80.8"), ("| 1 |", "| 2 |"), ("| random |", "| herding |"), (" | 2 |", " |")]
 )

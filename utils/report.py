@@ -8,21 +8,14 @@ import html
 import io
 import mimetypes
 import os
-import platform
 import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Union
 
-import torch
-
 from utils.checkpoint import atomic_write
-from utils.ddp import environment_size
+from utils.run_folder import Start, starts_of, this_start
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,6 @@ AMOUNT = r"[+\-−]?(\d[\d,]*\.?\d*|\.\d+)([eE][+\-]?\d+)?"
 NUMBER = re.compile(rf"{AMOUNT}(\s*(±|\+-|\+/-)\s*{AMOUNT})?\s*(%|[a-zA-Zµ]{{1,4}}(/[a-z]+)?)?")
 NO_NUMBER = ("", "-", "–", "—", "nan", "n/a")
 REPEAT, CONFIGURATION = "To repeat", "Configuration"
-PACKAGES = ("torch", "torchvision", "transformers", "numpy")
 PNG = b"\x89PNG\r\n\x1a\n"
 # Everything that Markdown would read as its own; an underscore only where it is not inside a word.
 MARKUP = re.compile(r"[\\`*<\[|~$]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])")
@@ -111,12 +103,13 @@ h3, h4, h5, h6 { font-size: 1.05rem; margin: 1.6rem 0 .4rem }
 p { margin: .6rem 0; max-width: 46rem }
 figure { margin: 1rem 0 }
 figcaption { color: var(--soft); font-size: .9rem; margin: .35rem 0 }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px }
+.scroll { overflow-x: auto; container-type: inline-size; border: 1px solid var(--line); border-radius: 6px }
 table { border-collapse: collapse; width: max-content; min-width: 100%;
   font-size: .95rem; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .8rem; text-align: left; vertical-align: top; overflow-wrap: normal }
 td { max-width: 22rem; border-top: 1px solid var(--line) }
 th { background: var(--panel); white-space: nowrap }
+.prose { width: 100% } .prose td { max-width: none }
 th.number, td.number { text-align: right; white-space: nowrap }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px }
 pre { margin: 1rem 0; padding: .8rem 1rem; white-space: pre-wrap; background: var(--panel); border-radius: 6px;
@@ -126,11 +119,11 @@ summary { cursor: pointer; margin: 1rem 0; font-weight: 600 }
 body:has(.columns) { max-width: 120rem }
 .columns { display: grid; gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
 .columns > section { min-width: 0 }
-.columns td { max-width: 9rem; overflow-wrap: anywhere }
-@media (max-width: 30rem) {
-  th, td { padding: .3rem .5rem } td { max-width: 40vw; overflow-wrap: anywhere }
-  .prose thead { display: none } .prose, .prose tr, .prose td { display: block; width: auto; max-width: none }
-  .prose td + td { border: 0; padding-top: 0 }
+.columns table:not(.prose) td { max-width: 9rem; overflow-wrap: anywhere }
+@media (max-width: 30rem) { th, td { padding: .3rem .5rem } td { max-width: 40vw; overflow-wrap: anywhere } }
+@container (max-width: 40rem) {
+  .prose thead { display: none } .prose, .prose tr, .prose td { display: block; width: auto; overflow-wrap: anywhere }
+  .prose td + td { border: 0; padding-top: 0 } .prose td:first-child { font-weight: 600 }
 }
 @media print { .scroll { overflow: visible } }
 """
@@ -138,40 +131,23 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(folder: Path, title: str, blocks: Sequence[Block]) -> None:
-    """Write report.md and report.html into `folder`, each with how to repeat it, the page with the folder's args.log.
-
-    FileNotFoundError: a picture is missing.
-    """
-    blocks, args = [*blocks, *repeat_blocks()], folder / "args.log"
+    """Write report.md and report.html into `folder`, each with how it (no run: this process) was started, the page with
+    its args.log. FileNotFoundError: a picture is missing."""
+    blocks, args = [*blocks, *repeat_blocks(starts_of(folder) or (this_start(),))], folder / "args.log"
     configuration = [Code(args.read_text("utf-8"), CONFIGURATION)] if args.exists() else []
     atomic_write(folder / "report.md", render_markdown(title, blocks, folder).encode("utf-8", "replace"))
     atomic_write(folder / "report.html", render_html(title, [*blocks, *configuration]).encode("utf-8", "replace"))
 
 
-def repeat_blocks() -> list[Block]:
-    """This process: its command, what it is made of and where it runs."""
-    words = [word for word in sys.orig_argv[1:] if word != "-u"]  # torchrun's
-    size, root = environment_size(), Path(__file__).resolve().parents[1]
-    launcher = f"torchrun --nproc_per_node={size}" if size > 1 else "python"
-    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""  # no git here
-    threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ}
-    rows = {
-        "code": commit or "no repository",
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-        "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "processes": str(size),
-        "threads of each": f"{torch.get_num_threads()}" + "".join(f", {k}={v}" for k, v in threads.items()),
-    }
-    return [
-        Heading(REPEAT), Code(f"cd {shlex.quote(str(Path.cwd()))}\n{launcher} {shlex.join(words)}"),
-        Heading("Environment"), Table(("what", "value"), tuple(rows.items())),
-    ]  # fmt: skip
+def repeat_blocks(starts: Sequence[Start]) -> list[Block]:
+    """The last start's command, other ones of earlier starts folded, and a column of the environment for each start."""
+    last, places = starts[-1].command, [start.environment for start in starts]
+    others = [f"# start {i}\n{start.command}" for i, start in enumerate(starts, 1) if start.command != last]
+    names = [f"start {i}" for i in range(1, len(starts))] + ["last start"] if len(starts) > 1 else ["value"]
+    keys = dict.fromkeys(key for place in places for key in place)
+    rows = tuple((key, *(place.get(key, "-") for place in places)) for key in keys)
+    folded = [Code("\n".join(others), "Commands of earlier starts")] if others else []
+    return [Heading(REPEAT), Code(last), *folded, Heading("Environment"), Table(("what", *names), rows)]
 
 
 def read_markdown(text: str, folder: Path) -> tuple[str, list[Block]]:

@@ -4,20 +4,82 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
+import platform
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import yaml
+from pydantic import TypeAdapter
 
 from config import ConfigError
 from utils.checkpoint import atomic_write, load_json
-from utils.ddp import World
+from utils.ddp import World, environment_size
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULT = "result.json"  # written last: its presence means that the run is finished
+ENVIRONMENT = "environment.json"  # written first
+PACKAGES = ("torch", "torchvision", "transformers", "numpy")
 log = logging.getLogger("distill_lab")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a process was started, as shell lines, what it is made of and where it runs."""
+
+    command: str
+    environment: dict[str, str]
+
+
+STARTS = TypeAdapter(tuple[Start, ...])
+
+
+def this_start() -> Start:
+    """Of this process."""
+    words = [word for word in sys.orig_argv[1:] if word != "-u"]  # torchrun's
+    size = environment_size()
+    launcher = f"torchrun --nproc_per_node={size}" if size > 1 else "python"
+    asked = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""  # no git here
+    threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ}
+    environment = {
+        "code": commit or "no repository",
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "processes": str(size),
+        "threads of each": f"{torch.get_num_threads()}" + "".join(f", {k}={v}" for k, v in threads.items()),
+    }
+    return Start(f"cd {shlex.quote(str(Path.cwd()))}\n{launcher} {shlex.join(words)}", environment)
+
+
+def starts_of(folder: Path) -> tuple[Start, ...]:
+    """The different starts of a run, the last one last; none where it did not say. ConfigError: the file is damaged."""
+    path = folder / ENVIRONMENT
+    try:
+        return STARTS.validate_json(path.read_bytes()) if path.exists() else ()
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: not a list of starts ({reason}): delete it; what it said is lost") from error
+
+
+def note_start(folder: Path) -> None:
+    """Put this process last among a run's starts: one that goes on elsewhere was made in every one of these places."""
+    here = this_start()
+    starts = [*(start for start in starts_of(folder) if start != here), here]
+    atomic_write(folder / ENVIRONMENT, STARTS.dump_json(tuple(starts), indent=1))
 
 
 def short_hash(values: Mapping[str, Any]) -> str:
@@ -62,7 +124,7 @@ class RunFolder:
         world.barrier()
 
     def open(self, config: Mapping[str, Any], overwrite: bool) -> None:
-        """Rank 0: make the folder, claim it, write args.log, send the log to print.log."""
+        """Rank 0: make the folder, claim it, write args.log and how it was started, send the log to print.log."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = (self.folder / ".lock").open("w")
@@ -86,6 +148,8 @@ class RunFolder:
             self.folder / "args.log",
             yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode(),
         )
+        if not (self.folder / RESULT).exists():  # a finished one is not worked on
+            note_start(self.folder)
         self.handler = QuietFile(self.folder / "print.log")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(self.handler)
