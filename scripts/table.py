@@ -171,7 +171,8 @@ def sample(records: Sequence[Record], runs: str, row: str, score: str) -> list[f
 
 def cell(records: Sequence[Record], runs: str, row: str, column: Column) -> str:
     """Mean ± deviation, of one number no deviation; against another row ± standard error."""
-    values, sign, share = sample(records, runs.replace(column.instead[0], column.instead[1]), row, column.score), "", 1.0
+    runs = runs.replace(column.instead[0], column.instead[1])
+    values, sign, share = sample(records, runs, row, column.score), "", 1.0
     if column.of == "count":
         return str(len(values))
     if column.against:
