@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from condenser.feature_labels import fair_ipc, float_count
@@ -175,13 +176,35 @@ class FeatRows:
             blocks += [Heading("Curves of the first set"), Picture(curve, folder.name)]
         blocks.append(Heading("Its images, a row a class"))
         for name, file in (("before", "0"), ("after", "best")):
-            image_grid(
-                load_synthetic(folder / "distilled_data" / f"syn_data_{file}.pth"),
-                run.folder / "images" / f"{name}.png",
-            )
+            learned = load_synthetic(folder / "distilled_data" / f"syn_data_{file}.pth")
+            image_grid(learned, run.folder / "images" / f"{name}.png")
             blocks.append(Picture(run.folder / "images" / f"{name}.png", name))
+        if pairs := beside_labels(learned):
+            picture = run.folder / "images" / "labels.png"
+            image_grid(pairs, picture)
+            caption = "each image with its label to its right: a block a place of the map, in it a square a channel"
+            blocks += [Heading("Its images with their feature labels"), Picture(picture, caption)]
         write_report(run.folder, f"Feature labels: {cfg.dataset.dataset}, {self.job.ipc} images a class", blocks)
         log.info(f"judged: {run.folder}")
+
+
+def beside_labels(found: SyntheticSet) -> SyntheticSet | None:
+    """A set [2 N, C, S, S] of every image followed by its label as a picture, black to white over the set; None: no F.
+
+    A place of the label's map is a block, in which a channel is a square.
+    """
+    if found.features is None:
+        return None
+    labels = found.features.float().mean(0)[found.owner if found.meta.get("scope") == "class" else slice(None)]
+    maps = labels.reshape(len(labels), *{2: (-1, 1, 1), 3: (1, *labels.shape[1:])}.get(labels.ndim, labels.shape[1:]))
+    side = math.isqrt(maps.shape[1] - 1) + 1  # the smallest square that holds all channels
+    maps = (maps - maps.min()) / (maps.max() - maps.min()).clamp_min(1e-12)
+    drawn = F.pixel_shuffle(F.pad(maps, (0, 0, 0, 0, 0, side * side - maps.shape[1])), side)
+    size = max(64, found.data.shape[-1])
+    pair = [F.interpolate(x, size, mode="nearest") for x in (found.data, drawn.expand(-1, found.data.shape[1], -1, -1))]
+    return SyntheticSet(
+        torch.stack(pair, 1).flatten(0, 1), found.targets.repeat_interleave(2, 0), found.owner.repeat_interleave(2)
+    )
 
 
 def held_out_numbers(job: FeatJob[FeatConfig], found: SyntheticSet, seed: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from utils.run_folder import log
 from utils.utils_image import ImageSet
 
 CKA_IMAGES = 2000  # at most, all over the test set
+PANELS = 6  # runs in one picture, at most
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def finish_all(runs: Sequence[StudentRun], teachers: Sequence[Teacher]) -> list[
         logits = all_logits(read, len(data.test), cfg.DATASET.TEST.BATCH_SIZE, world)
         rows = rows_of(teachers[0].net, data, data.test, for_cka(data), cfg, world)
         said = None if logits is None or rows is None else Said(logits, rows)
-    return [(run.label, finish(run, said)) for run in runs]
+    return [(run.label, finish(run, said, runs)) for run in runs]
 
 
 def fit_head(run: StudentRun) -> None:
@@ -77,8 +78,8 @@ def fit_head(run: StudentRun) -> None:
     run.net.head.load_state_dict(world.broadcast(found))
 
 
-def finish(run: StudentRun, said: Said | None) -> dict[str, float]:
-    """Write what a run ends with; its numbers on rank 0. All ranks together."""
+def finish(run: StudentRun, said: Said | None, group: Sequence[StudentRun] = ()) -> dict[str, float]:
+    """Write what a run of a group ends with; its numbers on rank 0. All ranks together."""
     run.net.eval()
     data, batch, world = run.data, run.cfg.DATASET.TEST.BATCH_SIZE, run.world
     if run.cfg.views == "bags":
@@ -100,12 +101,12 @@ def finish(run: StudentRun, said: Said | None) -> dict[str, float]:
         result |= {"best_top1": run.best, "best_epoch": run.best_epoch, "epochs": run.cfg.epochs}
         result |= {"seconds": round(run.seconds, 1), "epoch_seconds": run.seconds / run.cfg.epochs}
         result |= {"parameters": sum(p.numel() for p in run.net.parameters())}
-        write_files(run, result)
+        write_files(run, result, group)
     run.folder.finish(result)
     return result
 
 
-def write_files(run: StudentRun, result: dict[str, float]) -> None:
+def write_files(run: StudentRun, result: dict[str, float], group: Sequence[StudentRun]) -> None:
     """Weights, export, teacher's file and report (rank 0)."""
     folder, d = run.folder.folder, run.cfg.DISTILLER
     save_tensors(folder / LAST, run.weights())
@@ -140,5 +141,10 @@ def write_files(run: StudentRun, result: dict[str, float]) -> None:
         ),
         Table(("number", "value"), rows), Heading("Training"), Picture(curves, "by epoch"),
     ]  # fmt: skip
+    if others := [other for other in group if other is not run][: PANELS - 1]:
+        beside = folder / "images" / "beside.png"
+        shown = {one.label: [(int(x["epoch"]), x["test_top1"]) for x in one.folder.metrics()] for one in (run, *others)}
+        loss_curve(beside, shown, "epoch", "test_top1")
+        blocks += [Heading("Beside the runs of its group"), Picture(beside, "test_top1 by epoch")]
     write_report(folder, run.label, blocks)
     log.info(f"{run.label}: " + ", ".join(f"{name} {value}" for name, value in rows))

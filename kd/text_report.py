@@ -11,7 +11,7 @@ from torch import nn
 
 from kd.text_config import ARMS, Arm
 from kd.text_lab import Fit, Found, TextLab
-from utils.report import Block, Heading, Paragraph, Picture, Table, loss_curve, write_report
+from utils.report import Block, Heading, Paragraph, Picture, Table, draw_scores, loss_curve, write_report
 from utils.utils_text import TextSet
 
 TIMED, ROUNDS = 512, 7  # documents of a speed, times that it is taken
@@ -98,19 +98,24 @@ def search_table(found: Mapping[tuple[Arm, float], Sequence[Found]]) -> Table:
     return Table(("arm", *(f"lr {lr:g}" for lr in rates)), rows, "On validation, by learning rate")
 
 
-def write_tables(lab: TextLab, folder: Path, tables: Sequence[Table], kept: Fit) -> None:
-    """The report, with the curves of the student that is kept."""
+def write_tables(
+    lab: TextLab, folder: Path, tables: Sequence[Table], kept: Fit, scores: Mapping[str, Sequence[float]]
+) -> None:
+    """The report, with test `scores` of every model and the curves of the student that is kept."""
     lines = [json.loads(line) for line in (kept.folder / "metrics.jsonl").read_text().splitlines()]
     curves = folder / "images" / "curves.png"
     names = [name for name in lines[0] if name != "step"]
     loss_curve(curves, {name: [(x["step"], x[name]) for x in lines] for name in names}, "step", "value")
+    picture, several = folder / "images" / "scores.png", lab.corpus.multilabel
+    draw_scores(picture, scores, f"test {'micro-F1' if several else 'accuracy'}, %")
     s, t = lab.cfg.student, lab.cfg.teacher
     blocks: list[Block] = [
         Paragraph(
             f"{t.layers} layers teach {s.layers}, copied from {list(s.copied_layers)}; {s.epochs} epochs of "
             f"{s.batch_size} a batch for every student. Learning rates, of a student the kept seed"
-            f"{', thresholds' if lab.corpus.multilabel else ''}: chosen on validation."
+            f"{', thresholds' if several else ''}: chosen on validation."
         ),
-        *tables, Heading(f"Training of {kept.folder.name}"), Picture(curves, "by step"),
+        Picture(picture, "a dot a seed, a bar at the mean"), *tables,
+        Heading(f"Training of {kept.folder.name}"), Picture(curves, "by step"),
     ]  # fmt: skip
     write_report(folder, f"{lab.corpus.name}: {t.layers} layers to {s.layers}", blocks)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Union
 
 from utils.checkpoint import atomic_write
@@ -217,6 +218,30 @@ def plain_table(table: Table) -> str:
         for line in lines
     ]
     return "\n".join([_one_line(table.caption), *shown] if table.caption else shown)
+
+
+def draw_scores(path: Path, scores: Mapping[str, Sequence[float]], xlabel: str) -> None:
+    """Draw values of every name as a PNG: a line each from the top, a dot a value, a bar and a number at the mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 0.8 + 0.4 * len(scores)), dpi=130)
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)  # inches
+    canvas, panel = FigureCanvasAgg(figure), figure.add_subplot()
+    for line, values in enumerate(scores.values()):
+        panel.plot(values, [line] * len(values), "o", color="#1f5fa8", alpha=0.6, markersize=6)
+        panel.plot([mean(values)], [line], "|", color="#1d232b", markersize=16)
+        panel.annotate(f"{mean(values):.1f}", (max(values), line), (8, 0), textcoords="offset points", va="center")
+    panel.set_yticks(range(len(scores)), [*scores])
+    panel.invert_yaxis()
+    panel.margins(x=0.12, y=0.15)
+    panel.grid(color="#e3e7eb", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlabel(xlabel)
+    image = io.BytesIO()
+    canvas.print_png(image)
+    atomic_write(path, image.getvalue())
 
 
 def loss_curve(path: Path, series: Mapping[str, Sequence[tuple[int, float]]], xlabel: str, ylabel: str) -> None:
