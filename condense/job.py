@@ -205,10 +205,11 @@ def ensure_teachers(job: Job, flag: StopFlag) -> Path:
         log.info(f"training {len(missing)} of {cfg.condense.num_premodel} teachers into {folder}")
     elif folder.parent.name != f"ipc{cfg.condense.ipc}":
         log.info(f"using the teachers in {folder}")
-    train_bank(
-        folder, missing, epoch, lambda member: fresh_teacher(job, member), job.train, job.augmenter(teachers=True),
-        cfg.pretrain, cfg.multilabel, world, flag,
-    )  # fmt: skip
+    if missing:
+        train_bank(
+            folder, cfg.condense.num_premodel, epoch, lambda member: fresh_teacher(job, member), job.train,
+            job.augmenter(teachers=True), cfg.pretrain, cfg.multilabel, world, flag,
+        )  # fmt: skip
     return folder
 
 

@@ -156,7 +156,7 @@ def learning_loop(learner: Learner, run: RunFolder, flag: StopFlag, score: Score
         save_set(learner, run.folder, "best")
     draw_curves(run)
     final = run.metrics()[-1] if world.main and s.niter else {}
-    return {**final, "best_val_micro": best}
+    return final | ({"best_val_micro": best} if s.val_every else {})
 
 
 def save_set(learner: Learner, folder: Path, name: str) -> None:

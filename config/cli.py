@@ -106,13 +106,8 @@ def command_parser(doc: str, options: Sequence[Option], default_config: Path | N
         name, text = "--" + option.name.replace("-", "_"), option.help.replace("%", "%%")
         if option.kind == "flag":
             add(name, dest="overrides", action="append_const", const=f"{option.key}=true", help=text)
-            add(
-                f"--no_{name[2:]}",
-                dest="overrides",
-                action="append_const",
-                const=f"{option.key}=false",
-                help=f"not {name}",
-            )
+            no, text = f"--no_{name[2:]}", f"not {name}"
+            add(no, dest="overrides", action="append_const", const=f"{option.key}=false", help=text)
         else:
             metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.upper()
             read = partial(_override, option)

@@ -281,12 +281,12 @@ def make(resolved: Resolved[BufferConfig], command: CommandLine) -> None:
         plan(resolved)
         return
     with init_script(command.gpu, cfg.tf32, cfg.experts.seed, cfg.debug) as world, stop_flag() as flag:
-        run = RunFolder(expert_folder(cfg), nested(cfg), world, command.overwrite)  # holds the folder's lock
-        folder, every = run.folder, range(cfg.experts.num_experts)
-        missing = world.broadcast([i for i in every if not expert_file(folder, i).exists()])
-        if not missing:
+        folder, every = expert_folder(cfg), range(cfg.experts.num_experts)
+        if world.broadcast(not command.overwrite and all(expert_file(folder, i).exists() for i in every)):
             log.info(f"finished already: {folder} (--overwrite starts again)")
             return
+        folder = RunFolder(folder, nested(cfg), world, command.overwrite).folder  # holds the folder's lock
+        missing = world.broadcast([i for i in every if not expert_file(folder, i).exists()])
         corpus = load_images(cfg.dataset)
         if world.main:
             claim(folder, {"images": corpus.fingerprint})

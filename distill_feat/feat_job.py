@@ -133,11 +133,11 @@ class FeatJob(Generic[C]):
             missing = world.broadcast(missing_members(folder, count, epochs))
             if missing:
                 log.info(f"training {len(missing)} of {count} networks for {epochs} epochs into {folder}")
-            augment = Augmenter(settings.aug_type, settings.cutmix, settings.mixup)
-            train_bank(
-                folder, missing, epochs, lambda i: self.fresh(settings.seed, "feature network", i), self.train, augment,
-                settings, False, world, self.flag,
-            )  # fmt: skip
+                augment = Augmenter(settings.aug_type, settings.cutmix, settings.mixup)
+                train_bank(
+                    folder, count, epochs, lambda i: self.fresh(settings.seed, "feature network", i), self.train,
+                    augment, settings, False, world, self.flag,
+                )  # fmt: skip
             bank = load_bank(folder, count, epochs, nets[0].to(world.device), world.device)
             for i, net in enumerate(nets):
                 bank.interpolate(net.to(world.device), i, 0.0)

@@ -78,7 +78,7 @@ def fit_head(run: StudentRun) -> None:
     run.net.head.load_state_dict(world.broadcast(found))
 
 
-def finish(run: StudentRun, said: Said | None, group: Sequence[StudentRun] = ()) -> dict[str, float]:
+def finish(run: StudentRun, said: Said | None, group: Sequence[StudentRun]) -> dict[str, float]:
     """Write what a run of a group ends with; its numbers on rank 0. All ranks together."""
     run.net.eval()
     data, batch, world = run.data, run.cfg.DATASET.TEST.BATCH_SIZE, run.world

@@ -170,12 +170,13 @@ class TextLab:
         folder = teacher_folder(cfg, self.corpus.fingerprint)
         done = folder / RESULT
         if not done.exists():
-            home = RunFolder(folder, nested(cfg), world)
-            fits = [Fit(folder / f"teacher_lr{lr:g}", None, lr, cfg.seed) for lr in cfg.teacher.lr]
-            found = [self.result(fit, cfg.teacher) for fit in fits]
-            best = max(range(len(fits)), key=lambda i: found[i]["val_micro"])
-            save_tensors(folder / "model.safetensors", load_tensors(fits[best].weights))
-            home.finish(found[best])
+            home = RunFolder(folder, nested(cfg), world, wait=self.flag)
+            if not home.said_finished():
+                fits = [Fit(folder / f"teacher_lr{lr:g}", None, lr, cfg.seed) for lr in cfg.teacher.lr]
+                found = [self.result(fit, cfg.teacher) for fit in fits]
+                best = max(range(len(fits)), key=lambda i: found[i]["val_micro"])
+                save_tensors(folder / "model.safetensors", load_tensors(fits[best].weights))
+                home.finish(found[best])
         log.info(f"teacher: {folder}")
         return folder / "model.safetensors", dict(json.loads(done.read_text()))
 

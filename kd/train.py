@@ -80,7 +80,8 @@ def train(every: list[Resolved[KdConfig]], command: CommandLine) -> None:
     first = configs[0]
     with init_script(command.gpu, first.tf32, first.SEED, any(c.debug for c in configs)) as world, stop_flag() as flag:
         for group in [[link] for link in links(first)[:-1]] + [configs]:
-            folders = [RunFolder(run_folder(cfg), nested(cfg), world, command.overwrite) for cfg in group]
+            wait = None if group is configs else flag  # runs may share an assistant
+            folders = [RunFolder(run_folder(cfg), nested(cfg), world, command.overwrite, wait) for cfg in group]
             left = [(c, f) for c, f in zip(group, folders, strict=True) if not f.said_finished()]
             if left:
                 train_left(left, world, flag)

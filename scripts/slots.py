@@ -1,6 +1,7 @@
 """Programs side by side, each in a slot: a GPU or several, or a share of the cores."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from utils.stopping import StopFlag
 
 OF_RANKS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")  # what a launcher sets
 PEAKS_A_MIB = 2**10 if sys.platform == "linux" else 2**20  # ru_maxrss counts in KiB or bytes
+OF_LAUNCHER = re.compile(r"^[EWI]\d{4} .*torch/distributed/", re.MULTILINE)
 WAIT = 0.05  # seconds between looks
 
 Slot = Mapping[str, str]  # variables of the environment
@@ -44,8 +46,9 @@ class Ended(NamedTuple):
 
 
 def last_words(log: Path) -> str:
-    """The last line of what a job said."""
-    lines = log.read_text("utf-8", "replace").strip().splitlines()
+    """The last line of what a job said, but for the launcher's own words after a crash."""
+    said = ("\n" + log.read_text("utf-8", "replace")).rpartition("\n== ")[2].partition("\n")[2]
+    lines = OF_LAUNCHER.split(said)[0].strip().splitlines()
     return lines[-1] if lines else "without a word"
 
 

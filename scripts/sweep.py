@@ -7,11 +7,12 @@
 A line is a name, a configuration (from config/) and overrides. `condense.ipc={1,5,10}` makes three runs of it, and
 SEEDS one that is told all seeds. [words] in brackets say where the runs below come from; behind stands their program.
 What is below --- starts when all above has ended. What is finished is skipped, what was begun goes on, a crash is
-listed and ends in exit status 1. Other words go to the programs: overrides, and options such as --overwrite.
+listed and ends in exit status 1. Other words go to the programs: overrides, and options such as --tf32.
 """
 
 import logging
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,13 +27,14 @@ from config import ConfigError, add_args_from_yaml, parse_command_line
 from config.cli import Parser, positive
 from scripts.programs import PROGRAMS, Program
 from scripts.slots import Ended, Job, last_words, run_jobs, slots_of
+from scripts.table import collected
 from utils.checkpoint import load_json
 from utils.progress import clock
 from utils.report import Paragraph, Table, plain_table, write_report
-from utils.run_folder import REPOSITORY, RESULT
+from utils.run_folder import REPOSITORY, RESULT, log
 from utils.stopping import Stopped, stop_flag
 
-log = logging.getLogger("distill_lab")
+SCORES = ("micro", "accuracy", "last", "test_micro")  # of students, by the program that trained them
 BRACES = re.compile(r"([^{}]*)\{([^{}:]*)\}([^{}]*)")
 
 
@@ -89,10 +91,12 @@ def read_sweep(path: Path, seeds: Sequence[int], more: Sequence[str]) -> list[Pl
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     runs: dict[tuple[str, Path], Planned] = {}
+    named: dict[tuple[str, int], Path] = {}
     for seed in seeds:
         origin, script, block = "", "", 0
-        for number, line in enumerate(lines, 1):
-            words, where = line.split("#")[0].split(), f"{path}:{number}"
+        for number, text in enumerate(lines, 1):
+            line, where = text.split("#")[0].strip(), f"{path}:{number}"
+            words = line.split()
             if line.startswith("["):
                 origin, _, script = (part.strip() for part in line[1:].partition("]"))
                 if script not in PROGRAMS:
@@ -106,18 +110,21 @@ def read_sweep(path: Path, seeds: Sequence[int], more: Sequence[str]) -> list[Pl
                 schema, options = program.takes
                 for name, (config, *own) in choices(words[0], words[1:]):
                     own = [word.replace("SEEDS", ",".join(map(str, seeds))) for word in own]
-                    file = " ".join([str(REPOSITORY / "config" / config), f"{program.seed}={seed}", *own])
+                    place = shlex.quote(str(REPOSITORY / "config" / config))
+                    file = " ".join([place, f"{program.seed}={seed}", *own])
                     command = parse_command_line([f"--config_path={file}", *more], "", options)
-                    place, last = command.configs[0]
+                    yaml, last = command.configs[0]
                     base = REPOSITORY if program.at_root else (REPOSITORY / script).parent
-                    cfg = add_args_from_yaml(schema, place, (*command.overrides, *last), base).config
+                    cfg = add_args_from_yaml(schema, yaml, (*command.overrides, *last), base).config
                     run = Planned(name, origin, block, script, file, seed, cfg)
+                    if named.setdefault((name, seed), run.folder) != run.folder:
+                        raise ConfigError(f"{where}: '{name}': another run has this name: give it one of its own")
                     runs.setdefault((script, run.folder), run)
     return sorted(runs.values(), key=lambda run: run.block)
 
 
 def parts_of(runs: Sequence[Planned], size: int) -> list[list[Planned]]:
-    """What a process does each: a run, or up to `size` that can share; the same whatever is finished."""
+    """What a process does each: a run, or up to `size` that can share, finished or not."""
     groups: dict[object, list[Planned]] = {}
     for run in runs:
         key = run.program.group(run.cfg) or run.folder
@@ -164,6 +171,18 @@ def sweep_table(runs: Sequence[Planned]) -> Table:
     return Table(("run", "from", "finished", *columns.values()), tuple(body))
 
 
+def score_table(runs: Sequence[Planned]) -> Table | None:
+    """A row for everything that finished runs judged by students: mean ± deviation over these and the seeds."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for run in runs:
+        judged = (run.folder / RESULT).exists() and not run.program.columns
+        for record in collected(run.folder) if judged else []:
+            for score in SCORES:
+                found.setdefault((run.name, record.row, score), []).extend(record.values.get(score, []))
+    rows = tuple((*key, str(len(values)), cell(values, 2)) for key, values in found.items() if values)
+    return Table(("run", "row", "score", "students", "test, %"), rows) if rows else None
+
+
 def chosen(runs: Sequence[Planned]) -> list[Planned]:
     """Of names such as kd@0.05 and kd@0.1 those with the best mean top-1 on held-out images, without what follows @."""
     found: dict[str, dict[str, list[Planned]]] = {}
@@ -192,8 +211,8 @@ def sweep(parts: Sequence[Sequence[Planned]], more: Sequence[str], ranks: int, c
 
     with stop_flag() as flag:
         for block in sorted({part[0].block for part in todo}):
-            jobs = [job_of(part, more, ranks, logs) for part in todo if part[0].block == block]
-            run_jobs(jobs, slots, flag, ended)
+            left = [part for part in todo if part[0].block == block and not all(run.finished for run in part)]
+            run_jobs([job_of(part, more, ranks, logs) for part in left], slots, flag, ended)
 
 
 def submit(
@@ -212,20 +231,21 @@ def submit(
     blocks = sorted({parts[number][0].block for number in todo})
     arrays = [",".join(str(number) for number in todo if parts[number][0].block == block) for block in blocks]
     own = [sys.executable, str(REPOSITORY / "scripts" / "sweep.py"), *given]
-    logs.mkdir(parents=True, exist_ok=True)
+    if not dry:
+        logs.mkdir(parents=True, exist_ok=True)
     after = ""
     for array in (*arrays, ""):
         words = [
             "sbatch",
             "--parsable",
-            f"--output={logs}/slurm_%A_%a.out",
+            f"--output={logs}/slurm_%j.out",
             *([f"--array={array}{most}"] if array else []),
         ]
         words += [f"--dependency=afterany:{after}"] if after else []
         words += [str(template), *own, *([] if array else ["--summary"])]
         if dry:
             after = after + "+" if after else "JOB"
-            print(" ".join(words))
+            print(shlex.join(words))
             continue
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -239,10 +259,13 @@ def summary(runs: Sequence[Planned], parts: Sequence[Sequence[Planned]], logs: P
     tables = [sweep_table(runs)]
     if any("@" in run.name for run in runs):
         tables.append(sweep_table(chosen(runs)))
+    if scores := score_table(runs):
+        tables.append(scores)
     left = [(run, log_of(part[0], logs)) for part in parts for run in part if not run.finished]
     lines = [f"NOT FINISHED  {run}: {last_words(file) if file.exists() else 'not begun'}" for run, file in left]
-    note = "Mean ± deviation over seeds. Shares in percent, NLL in nats; `best` was chosen on the test images."
-    note += " Of names with @, the second table has those best on held-out training images." if tables[1:] else ""
+    note = "Mean ± deviation over seeds; shares in percent, NLL in nats."
+    note += " `top-1, best` was chosen on the test images." if "top-1, best" in tables[0].header else ""
+    note += " Of names with @, the second table has those best on held-out images." if "@" in str(tables[0]) else ""
     write_report(logs, "Sweep", [Paragraph(note), *tables, *map(Paragraph, lines)])
     print("\n\n".join(map(plain_table, tables)), flush=True)
     print("\n".join(lines), end="\n" * bool(lines), file=sys.stderr)
@@ -256,12 +279,7 @@ def command_line() -> Parser:
     add("file", metavar="FILE", type=Path, help="the sweep")
     add("--seeds", metavar="LIST", default="0", help="every run with each, as in 0,1,2 (default: 0)")
     add("--logs", metavar="DIR", type=Path, help="what the programs say goes there (default: logs/FILE)")
-    add(
-        "--slots",
-        metavar="N",
-        type=positive,
-        help="processes side by side (default: what the GPUs take, or 1)",
-    )
+    add("--slots", metavar="N", type=positive, help="processes side by side (default: what the GPUs take, or 1)")
     add("--ranks", metavar="N", type=positive, default=1, help="ranks of a process (default: 1)")
     add("--group_size", metavar="N", type=positive, default=16, help="most runs that share a process (default: 16)")
     add("--only", metavar="TEXT", default="", help="runs whose name has this text")
@@ -280,15 +298,18 @@ def main() -> int:
     try:
         if not all(word.isdecimal() for word in given.seeds.split(",")):
             raise ConfigError(f"--seeds: '{given.seeds}' is not a list such as 0,1,2")
+        if "--overwrite" in more:
+            raise ConfigError("--overwrite: a sweep goes on; remove the folders of the runs that it shall make anew")
         seeds = [int(word) for word in given.seeds.split(",")]
         runs = [run for run in read_sweep(given.file, seeds, more) if given.only in run.name]
         if not runs:
             raise ConfigError(f"{given.file}: no run" + (f" has '{given.only}' in its name" if given.only else ""))
         parts = parts_of(runs, given.group_size)
         if given.sbatch:
-            words = [word for word in sys.argv[1:] if word not in ("--sbatch", str(given.sbatch), "--dry_run")]
-            words = [word for word in words if not word.startswith("--sbatch=")]
-            submit(parts, given.sbatch, words, given.slots, logs, given.dry_run)
+            ours = Parser("")
+            ours.add_argument("--sbatch")
+            ours.add_argument("--dry_run", action="store_true")
+            submit(parts, given.sbatch, ours.parse_known_args()[1], given.slots, logs, given.dry_run)
             return 0
         if given.dry_run:
             for run in runs:
@@ -303,7 +324,7 @@ def main() -> int:
             raise ConfigError(f"--task: {given.task} of processes 0 to {len(parts) - 1}")
         sweep([parts[given.task]], more, given.ranks, 1, logs)
         return int(not all(run.finished for run in parts[given.task]))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     except Stopped as error:

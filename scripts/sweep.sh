@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Configurations x samples per class x seeds of a system, side by side: what is finished is skipped, what was begun goes on.
-#   bash scripts/sweep.sh text --seeds 0,1,2 --slots 2                     text reuters images cifar feature_labels
-#   bash scripts/sweep.sh cifar --seeds 0,1,2 dataset.data_dir=FOLDER      cifar_feature_labels toolkit: config/sweeps
-#   bash scripts/sweep.sh text --seeds 0,1,2 --sbatch scripts/slurm.sbatch          the same by SLURM
+# Configurations x samples per class x seeds of a system, side by side; the same command goes on.
+#   bash scripts/sweep.sh text --seeds 0,1,2 --slots 2
+#   bash scripts/sweep.sh cifar --seeds 0,1,2 dataset.data_dir=FOLDER
+#   bash scripts/sweep.sh text --seeds 0,1,2 --sbatch scripts/slurm.sbatch          by SLURM
+# Systems are the files of config/sweeps: text reuters images cifar feature_labels cifar_feature_labels toolkit.
 set -euo pipefail
 system=${1:?a file of config/sweeps without its .txt}
 shift

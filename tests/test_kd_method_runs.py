@@ -690,7 +690,7 @@ def test_a_student_is_its_own_faithful_copy(lab: Lab) -> None:
         with torch.no_grad():
             x = data.test_input(data.test, torch.arange(len(data.test)), torch.device("cpu"))
             said = closing.Said(run.net(x).logits, run.net.get_feature_single(x))
-        result = closing.finish(run, said)
+        result = closing.finish(run, said, [run])
     assert result["agreement"] == 100 and result["cka"] == pytest.approx(100)
     assert result["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
     assert result["teacher_nll"] == pytest.approx(result["nll"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""The two front pages say the same."""
+"""The two front pages say the same, and what they show is there."""
 
 import importlib
 import re
@@ -37,14 +37,17 @@ def test_both_have_the_same_numbers() -> None:
 
 
 @pytest.mark.parametrize("command", re.findall(r"^ {4}(python (?:.*\\\n)*.*)", TOUR, re.MULTILINE))
-def test_a_command_of_the_tour_names_a_program_and_configurations_that_load(command: str) -> None:
+def test_a_command_of_the_tour_names_a_program_and_configurations_that_load(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     _, program, *words = shlex.split(command.replace("\\\n", ""))
     assert (ROOT / program).is_file()
     schema, options = importlib.import_module(program.removesuffix(".py").replace("/", ".")).TAKES
     asked = parse_command_line(words, "", options)
     folder = ROOT if program.startswith("kd/") else (ROOT / program).parent
     for path, own in asked.configs:
-        add_args_from_yaml(schema, ROOT / path, (*asked.overrides, *own), folder)
+        add_args_from_yaml(schema, path, (*asked.overrides, *own), folder)
     assert asked.configs
 
 

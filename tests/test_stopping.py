@@ -8,11 +8,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
 from launching import start, wait
 from mini_lab import NITER, Lab, make_lab
+
+from config import ConfigError
+from utils.run_folder import take_lock
+from utils.stopping import StopFlag, Stopped
 
 GOES_ON = "the same command goes on from here"
 TWICE = """
@@ -100,3 +105,16 @@ def test_programs_end_in_silence_when_nobody_reads_them(lab: Lab) -> None:
     ends = [wait(process, None) for process in runs]
     assert [done.err for done in ends] == [""] * 4
     assert {done.status for done in ends} <= {0, 128 + signal.SIGPIPE}
+
+
+def test_a_folder_that_another_fills_is_waited_for_until_a_signal_comes(tmp_path: Path) -> None:
+    flag, first = StopFlag(), take_lock(tmp_path / "teachers", None)
+    with pytest.raises(ConfigError, match="another process is working on this run"):
+        take_lock(tmp_path / "teachers", None)
+    Timer(0.2, first.close).start()
+    second = take_lock(tmp_path / "teachers", flag)
+    assert first.closed and not second.closed
+    flag.catch(signal.SIGTERM, None)
+    with pytest.raises(Stopped):
+        take_lock(tmp_path / "teachers", flag)
+    second.close()

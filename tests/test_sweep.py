@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_wrong_line_is_said(listed: Path, text: str, said: str) -> None:
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.txt")), ids=lambda path: path.stem)
 def test_shipped_sweeps_resolve(path: Path) -> None:
     runs = sweep.read_sweep(path, [0, 1], [])
-    assert len({run.folder for run in runs}) == len(runs) > 2
+    assert len(runs) > 2 and all(run.folder.is_absolute() for run in runs)
 
 
 @pytest.mark.parametrize("path", FEATURES, ids=lambda path: path.stem)
@@ -99,27 +100,54 @@ def test_students_of_one_teacher_share_a_process_whatever_is_finished(listed: Pa
     assert [row[2:] for row in table.rows] == [("0/1", "-"), ("1/1", "50.00"), ("0/1", "-"), ("0/1", "-")]
 
 
-def test_slots_run_side_by_side_and_a_crash_is_no_success(tmp_path: Path) -> None:
+def test_slots_run_side_by_side_and_a_crash_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Each of two waits for the other's file: one after another neither would end.
     meet = "import pathlib,sys,time\nown,other=map(pathlib.Path,sys.argv[1:])\nown.touch()\n"
-    meet += "while not other.exists(): time.sleep(0.01)\n"
+    meet += "for _ in range(3000): other.exists() or time.sleep(0.01)\nother.exists() or sys.exit('alone')\n"
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     jobs = [
         Job("one", ("-c", meet, a, b), tmp_path / "logs" / "one.log"),
         Job("two", ("-c", meet, b, a), tmp_path / "logs" / "two.log"),
         Job("bad", ("-c", "raise SystemExit('no room')"), tmp_path / "logs" / "bad.log"),
+        Job("dumb", ("-c", "import os; os.kill(os.getpid(), 9)"), tmp_path / "logs" / "dumb.log"),
         Job("slot", ("-c", "import os; print(os.environ['SLOT'], 'RANK' in os.environ)"), tmp_path / "slot.log"),
     ]
     found: list[Ended] = []
-    os.environ["RANK"] = "3"
-    try:
-        run_jobs(jobs, [{"SLOT": "first"}, {"SLOT": "second"}], StopFlag(), found.append)
-    finally:
-        del os.environ["RANK"]
+    monkeypatch.setenv("RANK", "3")
+    run_jobs(jobs, [{"SLOT": "first"}, {"SLOT": "second"}], StopFlag(), found.append)
     assert {one.job.name: one.died_of for one in found} == {
-        "one": "", "two": "", "bad": "exit status 1: no room", "slot": "",
+        "one": "", "two": "", "bad": "exit status 1: no room", "dumb": "exit status -9: without a word", "slot": "",
     }  # fmt: skip
     assert (tmp_path / "slot.log").read_text().splitlines()[-1] in ("first False", "second False")
+
+
+def test_last_words_are_a_rank_s_own_and_not_its_launcher_s(tmp_path: Path) -> None:
+    crash = tmp_path / "crash.py"
+    crash.write_text("import sys\nsys.exit('lr: -1 is not above 0')\n")
+    words = ("-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", str(crash))
+    found: list[Ended] = []
+    run_jobs([Job("two", words, tmp_path / "two.log")], [{}], StopFlag(), found.append)
+    assert "ChildFailedError" in (tmp_path / "two.log").read_text()
+    assert found[0].died_of == "exit status 1: lr: -1 is not above 0"
+
+
+def test_what_is_below_a_line_waits_for_all_above(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, calls = sweep.parts_of(sweep.read_sweep(listed, [0], []), 1), list[list[Job]]()
+    monkeypatch.setattr(sweep, "run_jobs", lambda jobs, *_: calls.append(jobs))
+    sweep.sweep(parts, ["debug=true"], 2, 1, listed.parent)
+    assert [[job.name for job in jobs] for jobs in calls] == [
+        ["experts, seed 0"], ["kd SOLVER.EPOCHS=1, seed 0", "kd SOLVER.EPOCHS=2, seed 0", "all, seed 0"]
+    ]  # fmt: skip
+    words = calls[1][0].words
+    assert words[:2] == ("-m", "torch.distributed.run") and words[-1] == "debug=true" and "--nproc_per_node=2" in words
+
+
+def test_two_runs_of_one_name_are_refused(listed: Path) -> None:
+    listed.write_text(
+        "[a] kd/train.py\nkd kd/digits/kd.yaml\n[b] kd/train.py  # too\nkd kd/digits/kd.yaml SOLVER.EPOCHS=1\n"
+    )
+    with pytest.raises(ConfigError, match="six.txt:4: 'kd': another run has this name"):
+        sweep.read_sweep(listed, [0], [])
 
 
 def test_a_stop_signal_is_passed_on_and_nothing_more_is_started(tmp_path: Path) -> None:
@@ -179,7 +207,7 @@ def test_slurm_gets_an_array_a_block_and_the_table_last(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     given = ["--logs", "logs", "--slots=2"]
-    monkeypatch.setattr(sys, "argv", ["", str(file), "--sbatch", f"{ROOT}/scripts/slurm.sbatch", *given])
+    monkeypatch.setattr(sys, "argv", ["", str(file), "--sbatch", f"{ROOT}/scripts/./slurm.sbatch", *given])
     assert sweep.main() == 0
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     of_slurm = [[word for word in call if word.startswith(("--parsable", "--array"))] for call in calls]
@@ -208,6 +236,7 @@ def test_a_job_of_slurm_that_saved_and_left_is_put_back(tmp_path: Path) -> None:
     job = subprocess.Popen(["bash", ROOT / "scripts" / "slurm.sbatch", sys.executable, "-c", run], env=env)
     while not (tmp_path / "on").exists():
         assert job.poll() is None
+        time.sleep(0.01)
     job.terminate()
     assert job.wait(20) == 143
     assert (tmp_path / "put_back").read_text() == "requeue 71\n"

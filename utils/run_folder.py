@@ -10,7 +10,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +25,11 @@ from pydantic import TypeAdapter
 from config import ConfigError
 from utils.checkpoint import atomic_write, load_json
 from utils.ddp import World, environment_size
+from utils.stopping import StopFlag
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULT = "result.json"  # written last: its presence means that the run is finished
-ENVIRONMENT = "environment.json"  # written first
+ENVIRONMENT = "environment.json"  # written at the start
 PACKAGES = ("torch", "torchvision", "transformers", "numpy")
 log = logging.getLogger("distill_lab")
 
@@ -112,30 +115,65 @@ class QuietFile(logging.FileHandler):
         """Nothing."""
 
 
-class RunFolder:
-    """A run's folder. Every rank holds one; only rank 0 writes."""
+def take_lock(folder: Path, wait: StopFlag | None) -> TextIO:
+    """The open file whose lock keeps other processes out of a folder until it is closed; waits for them if asked to.
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], world: World, overwrite: bool = False) -> None:
+    Raises ConfigError where the folder cannot be used, or is another's and nobody waits.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be used ({error.strerror}): choose another save_dir") from error
+    said = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if wait is None:
+                raise ConfigError(
+                    f"{folder}: another process is working on this run; wait for it or stop it"
+                ) from error
+        wait.check()
+        if not said:
+            log.info(f"waiting for the process that works on {folder}")
+        said = True
+        time.sleep(0.5)
+
+
+@contextmanager
+def alone_in(folder: Path, world: World, flag: StopFlag) -> Iterator[None]:
+    """Keep others out of a folder that several runs fill, after they have left it. All ranks together."""
+    file = take_lock(folder, flag) if world.main else None
+    world.barrier()
+    try:
+        yield
+    finally:
+        if file:
+            file.close()
+
+
+class RunFolder:
+    """A run's folder, until the run is finished its own. Every rank holds one; only rank 0 writes.
+
+    With `wait` it is waited for if another process has it.
+    """
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], world: World, overwrite: bool = False,
+        wait: StopFlag | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.world = Path(world.broadcast(str(folder))), world
         self.lock: TextIO | None = None
         self.writer: Any = None
         if world.main:
-            self.open(config, overwrite)
+            self.open(config, overwrite, wait)
         world.barrier()
 
-    def open(self, config: Mapping[str, Any], overwrite: bool) -> None:
+    def open(self, config: Mapping[str, Any], overwrite: bool, wait: StopFlag | None) -> None:
         """Rank 0: make the folder, claim it, write args.log and how it was started, send the log to print.log."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise ConfigError(f"{self.folder}: cannot be used ({error.strerror}): choose another save_dir") from error
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"{self.folder}: another process is working on this run; wait for it or stop it"
-            ) from error
+        self.lock = take_lock(self.folder, wait)
         for half in self.folder.glob(".*.*"):  # of a write that was killed
             half.unlink()
         if overwrite:
@@ -176,10 +214,12 @@ class RunFolder:
         self.end_log()
 
     def end_log(self) -> None:
-        """What is logged from now on is not of this run."""
+        """What is logged from now on is not of this run, and others may have its folder."""
         if self.world.main:
             log.removeHandler(self.handler)
             self.handler.close()
+        if self.lock:
+            self.lock.close()
 
     def metric(self, **values: float) -> None:
         """Append one line to metrics.jsonl (rank 0), and to TensorBoard where it is installed."""

@@ -1,6 +1,7 @@
 """An encoder from nothing: word pieces and word vectors learned from a corpus, saved as an ordinary encoder folder."""
 
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def build_scratch_encoder(folder: Path, preset: str, texts: Sequence[str], vocab
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         body.embeddings.word_embeddings.weight.copy_(word_vectors(ids, len(tokenizer), hidden))
-    part = folder.with_name(folder.name + ".part")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     body.save_pretrained(part)
     tokenizer.save_pretrained(part)

@@ -15,6 +15,7 @@ from utils.checkpoint import drop_state, keep_state, last_state, load_tensors, s
 from utils.ddp import World
 from utils.fit import FitConfig, fit, make_optimizer, supervised
 from utils.progress import Progress
+from utils.run_folder import alone_in
 from utils.sampling import training_batch
 from utils.stopping import StopFlag, Stopped
 from utils.streams import generator
@@ -158,7 +159,7 @@ def update_feature_extractor(
 
 def train_bank(
     folder: Path,
-    missing: list[int],
+    count: int,
     last_epoch: int,
     fresh: Callable[[int], nn.Module],
     data: Any,
@@ -168,7 +169,8 @@ def train_bank(
     world: World,
     flag: StopFlag,
 ) -> None:
-    """Train the missing members on `data` (`lengths` [N] and `batch(samples, device)`), each rank its share."""
+    """Train those of `count` members that are missing on `data` (`lengths` [N] and `batch(samples, device)`), each rank
+    its share; a process that trains them already is waited for."""
     per_epoch = -(-len(data) // settings.batch_size)
 
     def train(member: int, shown: bool) -> None:
@@ -183,6 +185,8 @@ def train_bank(
             flag, shown,
         )  # fmt: skip
 
-    for i in world.share([1.0] * len(missing)):
-        train(missing[i], world.main)
-    world.barrier()
+    with alone_in(folder, world, flag):
+        missing = world.broadcast(missing_members(folder, count, last_epoch))
+        for i in world.share([1.0] * len(missing)):
+            train(missing[i], world.main)
+        world.barrier()
