@@ -285,7 +285,8 @@ def make(resolved: Resolved[BufferConfig], command: CommandLine) -> None:
         if world.broadcast(not command.overwrite and all(expert_file(folder, i).exists() for i in every)):
             log.info(f"finished already: {folder} (--overwrite starts again)")
             return
-        folder = RunFolder(folder, nested(cfg), world, command.overwrite).folder  # holds the folder's lock
+        run = RunFolder(folder, nested(cfg), world, command.overwrite)  # holds the folder's lock
+        folder = run.folder
         missing = world.broadcast([i for i in every if not expert_file(folder, i).exists()])
         corpus = load_images(cfg.dataset)
         if world.main:
