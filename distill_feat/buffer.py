@@ -154,6 +154,11 @@ def notes_of(cfg: BufferConfig, channels: int, zca: Zca | None) -> ExpertNotes:
     )  # fmt: skip
 
 
+def has_experts(folder: Path, cfg: BufferConfig) -> bool:
+    """Whether all are there."""
+    return all(expert_file(folder, number).exists() for number in range(cfg.experts.num_experts))
+
+
 def plan(resolved: Resolved[BufferConfig]) -> None:
     """Print values, each rank's share and the bytes on disk (rank 0); starts nothing."""
     if environment_rank():
@@ -282,7 +287,7 @@ def make(resolved: Resolved[BufferConfig], command: CommandLine) -> None:
         return
     with init_script(command.gpu, cfg.tf32, cfg.experts.seed, cfg.debug) as world, stop_flag() as flag:
         folder, every = expert_folder(cfg), range(cfg.experts.num_experts)
-        if world.broadcast(not command.overwrite and all(expert_file(folder, i).exists() for i in every)):
+        if world.broadcast(not command.overwrite and has_experts(folder, cfg)):
             log.info(f"finished already: {folder} (--overwrite starts again)")
             return
         run = RunFolder(folder, nested(cfg), world, command.overwrite)  # holds the folder's lock

@@ -23,7 +23,6 @@ from kd import distill_text, text_config, train
 from kd.kd_config import OF_TEACHER, SHARED, KdConfig
 from kd.places import run_folder
 from kd.scoring import COLUMNS
-from utils.expert_buffers import expert_file
 from utils.run_folder import RESULT
 from utils.teachers import missing_members
 
@@ -58,11 +57,6 @@ def has_teachers(folder: Path, cfg: Any) -> bool:
     return not missing_members(folder, cfg.condense.num_premodel, cfg.condense.teacher_model_epoch)
 
 
-def has_experts(folder: Path, cfg: buffer.BufferConfig) -> bool:
-    """Whether all are there."""
-    return all(expert_file(folder, number).exists() for number in range(cfg.experts.num_experts))
-
-
 def shared_teacher(cfg: KdConfig) -> str:
     """What students of one teacher forward have in common."""
     keys = (*SHARED, *OF_TEACHER) if cfg.distils else SHARED
@@ -77,7 +71,7 @@ PROGRAMS = {
     "condense/condense_script.py": Program(condense_script.TAKES, condense_folder, columns=LEARNED),
     "condense/evaluate_script.py": Program(evaluate_script.TAKES, evaluate_folder),
     "condense/continual_script.py": Program(continual_script.TAKES, continual_script.continual_folder),
-    "distill_feat/buffer.py": Program(buffer.TAKES, buffer.expert_folder, has_experts, "experts.seed"),
+    "distill_feat/buffer.py": Program(buffer.TAKES, buffer.expert_folder, buffer.has_experts, "experts.seed"),
     "distill_feat/dc.py": Program(dc.TAKES, dc.DC.judge_folder),
     "distill_feat/mtt.py": Program(mtt.TAKES, method("mtt").judge_folder),
     "distill_feat/datm.py": Program(datm.TAKES, method("datm").judge_folder),

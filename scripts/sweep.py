@@ -235,12 +235,8 @@ def submit(
         logs.mkdir(parents=True, exist_ok=True)
     after = ""
     for array in (*arrays, ""):
-        words = [
-            "sbatch",
-            "--parsable",
-            f"--output={logs}/slurm_%j.out",
-            *([f"--array={array}{most}"] if array else []),
-        ]
+        words = ["sbatch", "--parsable", f"--output={logs}/slurm_%j.out"]
+        words += [f"--array={array}{most}"] if array else []
         words += [f"--dependency=afterany:{after}"] if after else []
         words += [str(template), *own, *([] if array else ["--summary"])]
         if dry:
@@ -257,7 +253,8 @@ def submit(
 def summary(runs: Sequence[Planned], parts: Sequence[Sequence[Planned]], logs: Path) -> int:
     """Show the table; 1 if a run is not finished."""
     tables = [sweep_table(runs)]
-    if any("@" in run.name for run in runs):
+    searched = any("@" in run.name for run in runs)
+    if searched:
         tables.append(sweep_table(chosen(runs)))
     if scores := score_table(runs):
         tables.append(scores)
@@ -265,7 +262,7 @@ def summary(runs: Sequence[Planned], parts: Sequence[Sequence[Planned]], logs: P
     lines = [f"NOT FINISHED  {run}: {last_words(file) if file.exists() else 'not begun'}" for run, file in left]
     note = "Mean ± deviation over seeds; shares in percent, NLL in nats."
     note += " `top-1, best` was chosen on the test images." if "top-1, best" in tables[0].header else ""
-    note += " Of names with @, the second table has those best on held-out images." if "@" in str(tables[0]) else ""
+    note += " Of names with @, the second table has those best on held-out images." if searched else ""
     write_report(logs, "Sweep", [Paragraph(note), *tables, *map(Paragraph, lines)])
     print("\n\n".join(map(plain_table, tables)), flush=True)
     print("\n".join(lines), end="\n" * bool(lines), file=sys.stderr)

@@ -130,11 +130,13 @@ def take_lock(folder: Path, wait: StopFlag | None) -> TextIO:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except OSError as error:
+        except BlockingIOError as error:
             if wait is None:
                 raise ConfigError(
                     f"{folder}: another process is working on this run; wait for it or stop it"
                 ) from error
+        except OSError as error:  # waiting would not end
+            raise ConfigError(f"{folder}: cannot be locked ({error.strerror}): choose another save_dir") from error
         wait.check()
         if not said:
             log.info(f"waiting for the process that works on {folder}")
