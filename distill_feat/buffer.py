@@ -293,6 +293,9 @@ def make(resolved: Resolved[BufferConfig], command: CommandLine) -> None:
         run = RunFolder(folder, nested(cfg), world, command.overwrite)  # holds the folder's lock
         folder = run.folder
         missing = world.broadcast([i for i in every if not expert_file(folder, i).exists()])
+        if not missing:
+            log.info(f"finished by another process: {folder}")
+            return
         corpus = load_images(cfg.dataset)
         if world.main:
             claim(folder, {"images": corpus.fingerprint})

@@ -4,14 +4,25 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from torch import nn
 
 from kd.text_config import ARMS, Arm
 from kd.text_lab import Fit, Found, TextLab
-from utils.report import Block, Heading, Paragraph, Picture, Table, draw_scores, loss_curve, write_report
+from utils.report import (
+    Block,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    draw_scores,
+    gain,
+    loss_curve,
+    spread,
+    write_report,
+)
 from utils.utils_text import TextSet
 
 TIMED, ROUNDS = 512, 7  # documents of a speed, times that it is taken
@@ -32,19 +43,6 @@ def speeds(models: Sequence[nn.Module], documents: TextSet, batch: int, device: 
                 torch.cuda.synchronize(device)
             kept.append(len(some) / (time.perf_counter() - began))
     return [kept[1:] for kept in found]  # the first round warms up
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """`81.20 ± 0.31`: mean and deviation, of one value no deviation."""
-    dev = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{dev}"
-
-
-def gain(values: Sequence[float], base: Sequence[float]) -> str:
-    """Mean and standard error of the paired differences, seed by seed."""
-    differences = [a - b for a, b in zip(values, base, strict=True)]
-    error = f" ± {stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
-    return f"{mean(differences):+.2f}{error}"
 
 
 def score_table(lab: TextLab, of_teacher: Found, rows: Mapping[Arm, Sequence[Found]]) -> Table:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import mean, stdev
+from statistics import mean
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from utils.checkpoint import atomic_write, load_json
 from utils.ddp import World
 from utils.image_networks import image_network
 from utils.normaliser import Normaliser
-from utils.report import Block, Heading, Paragraph, Picture, Table, plain_table, write_report
+from utils.report import Block, Heading, Paragraph, Picture, Table, plain_table, spread, write_report
 from utils.run_folder import RunFolder
 from utils.stopping import StopFlag
 from utils.utils_image import load_images
@@ -156,17 +156,12 @@ def is_soft(found: SyntheticSet) -> bool:
     return bool((found.targets.amax(1) < 1).any())
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and deviation over sets and students."""
-    return f"{mean(values):.1f} ± {stdev(values) if len(values) > 1 else 0:.1f}" if values else ""
-
-
 def table(lines: Sequence[Line], scores: Scores, numbers: Mapping[str, Mapping[str, float]]) -> Table:
     """A row for every line; of one that crashed only that."""
     rows = []
     for line in lines:
         got = numbers.get(line.key, {})
-        cells = [spread(scores.get((line.key, "")) or []) or "CRASHED", spread(scores.get((line.key, "F")) or [])]
+        cells = [spread(scores.get((line.key, "")) or [], 1) or "CRASHED", spread(scores.get((line.key, "F")) or [], 1)]
         cells += [f"{got[name]:.{digits}f}" if name in got else "" for name, (_, digits) in COLUMNS.items()]
         words = (
             (str(line.scale), line.method, str(line.images), line.equal) if line.scale else ("", "full data", "", "")

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from config import ConfigError, add_args_from_yaml, parse_command_line
@@ -30,7 +30,7 @@ from scripts.slots import Ended, Job, last_words, run_jobs, slots_of
 from scripts.table import collected
 from utils.checkpoint import load_json
 from utils.progress import clock
-from utils.report import Paragraph, Table, plain_table, write_report
+from utils.report import Paragraph, Table, plain_table, spread, write_report
 from utils.run_folder import REPOSITORY, RESULT, log
 from utils.stopping import Stopped, stop_flag
 
@@ -145,14 +145,6 @@ def log_of(run: Planned, logs: Path) -> Path:
     return logs / (re.sub(r"[^\w.=@+-]+", "_", f"{run.name}_seed{run.seed}") + ".log")
 
 
-def cell(values: Sequence[float], digits: int) -> str:
-    """Mean and deviation over seeds."""
-    if not values:
-        return "-"
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
-
-
 def sweep_table(runs: Sequence[Planned]) -> Table:
     """A row for every name: how many of its seeds are finished, and mean ± deviation of their numbers."""
     rows: dict[tuple[str, str], list[Planned]] = {}
@@ -164,7 +156,7 @@ def sweep_table(runs: Sequence[Planned]) -> Table:
     body = []
     for (name, origin), some in rows.items():
         cells = (
-            cell([one[k] for one in found[name, origin] if k in one], 3 if k in ("nll", "nll_scaled") else 2)
+            spread([one[k] for one in found[name, origin] if k in one], 3 if k in ("nll", "nll_scaled") else 2) or "-"
             for k in columns
         )
         body.append((name, origin, f"{sum(run.finished for run in some)}/{len(some)}", *cells))
@@ -179,7 +171,7 @@ def score_table(runs: Sequence[Planned]) -> Table | None:
         for record in collected(run.folder) if judged else []:
             for score in SCORES:
                 found.setdefault((run.name, record.row, score), []).extend(record.values.get(score, []))
-    rows = tuple((*key, str(len(values)), cell(values, 2)) for key, values in found.items() if values)
+    rows = tuple((*key, str(len(values)), spread(values)) for key, values in found.items() if values)
     return Table(("run", "row", "score", "students", "test, %"), rows) if rows else None
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
 import yaml
@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 from config import ConfigError, Section
 from config.cli import Parser
 from utils.checkpoint import atomic_write
-from utils.report import NUMBER
+from utils.report import NUMBER, gain, spread
 from utils.run_folder import REPOSITORY, RESULT
 
 MANIFEST, RECORDS = "tables.yaml", "results.jsonl"
@@ -34,6 +34,7 @@ OUTPUTS = ("results", "pretrained_models", "models", "dataset", "save", "data", 
 MARKER = re.compile(r"\s*<!-- table: (\S+) -->\s*")
 RULE = re.compile(r"\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?")
 OF_STUDENT = re.compile(r"(.+?)_(?:seed\d+(?:_\d+)?|order\d+_stage\d+)")
+REDUCE = {"mean": mean, "median": median}
 Lines = list[tuple[str, ...]]  # a table's cells, header and rule first
 
 
@@ -172,15 +173,12 @@ def sample(records: Sequence[Record], runs: str, row: str, score: str) -> list[f
 def cell(records: Sequence[Record], runs: str, row: str, column: Column) -> str:
     """Mean ± deviation, of one number no deviation; against another row ± standard error."""
     runs = runs.replace(column.instead[0], column.instead[1])
-    values, sign, share = sample(records, runs, row, column.score), "", 1.0
-    if column.of == "count":
-        return str(len(values))
+    values = sample(records, runs, row, column.score)
     if column.against:
-        base = sample(records, runs, column.against, column.score)
-        values, sign = [a - b for a, b in zip(values, base, strict=True)], "+"
-        share = len(values) ** -0.5
-    dev = f" ± {share * stdev(values):.{column.digits}f}" if column.of == "spread" and len(values) > 1 else ""
-    return f"{median(values) if column.of == 'median' else mean(values):{sign}.{column.digits}f}{dev}"
+        return gain(values, sample(records, runs, column.against, column.score), column.digits)
+    if column.of == "spread":
+        return spread(values, column.digits)
+    return str(len(values)) if column.of == "count" else f"{REDUCE[column.of](values):.{column.digits}f}"
 
 
 def typed(value: float | list[float] | str | None, column: Column) -> str:

@@ -187,6 +187,15 @@ def test_finished_experts_stay_and_more_are_added(lab: Lab, capsys: pytest.Captu
     assert lab.experts("grows") == lab.experts("plain") and len(ExpertBuffer(first.parent)) == 3
 
 
+def test_experts_that_another_process_finished_meanwhile_are_taken(
+    lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lab.within("race", "--num_experts=1") == 0
+    monkeypatch.setattr("distill_feat.buffer.has_experts", lambda *_: False)  # as it was before they were written
+    assert lab.within("race", "--num_experts=1") == 0
+    assert "finished by another process" in capsys.readouterr().err
+
+
 def test_only_the_epochs_that_are_drawn_are_trained_and_kept(lab: Lab) -> None:
     assert lab.within("some", "--num_experts=1", "experts.first_epoch=1", "experts.last_epoch=3") == 0
     assert torch.equal(lab.rows("some"), lab.rows("plain")[1:4])

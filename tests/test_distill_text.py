@@ -17,9 +17,9 @@ from kd import distill_text, text_lab, text_report
 from kd.distilltool import expose_attentions
 from kd.text_config import DistillTextConfig, run_folder
 from kd.text_lab import open_lab
-from kd.text_report import gain, spread
 from utils.corpus import Corpus
 from utils.ddp import process_group
+from utils.report import gain, spread
 from utils.stopping import StopFlag, Stopped
 from utils.utils_text import load_corpus
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Union
 
 from utils.checkpoint import atomic_write
@@ -203,6 +203,19 @@ def render_html(title: str, blocks: Sequence[Block]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_escaped(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """`81.20 ± 0.31`: mean and deviation; of one value no deviation, of none nothing."""
+    dev = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{dev}" if values else ""
+
+
+def gain(values: Sequence[float], base: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard error of the paired differences, value by value."""
+    differences = [a - b for a, b in zip(values, base, strict=True)]
+    error = f" ± {stdev(differences) / len(differences) ** 0.5:.{digits}f}" if len(differences) > 1 else ""
+    return f"{mean(differences):+.{digits}f}{error}"
 
 
 def plain_table(table: Table) -> str:
