@@ -1,7 +1,6 @@
 """The end of a run: final scores, fidelity to its teacher, weights, an export without our code, the report."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from kd.exported import export_student
 from kd.kd_config import KdConfig
 from kd.kd_data import KdData
-from kd.methods.fidelity import fidelity, linear_cka
+from kd.methods.fidelity import Said, fidelity
 from kd.methods.probe import linear_probe
 from kd.methods.terms import HsakdTeacherTerm
 from kd.places import HEADS, LAST, teacher_folder
@@ -25,14 +24,9 @@ from utils.utils_image import ImageSet
 
 CKA_IMAGES = 2000  # at most, all over the test set
 PANELS = 6  # runs in one picture, at most
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a teacher says of the test images: logits [N, K], and what its head reads [n, D] of those for CKA."""
-
-    logits: Tensor
-    rows: Tensor
+CURVES = ("train_ce", "train_kd", "test_top1", "lr")
+# Of every method; what a line of metrics says besides is of a mechanism.
+USUAL = (*CURVES, "iteration", "epoch", "train_top1", "test_top5", "test_nll", "best_top1", "best_epoch")
 
 
 def rows_of(
@@ -46,23 +40,29 @@ def rows_of(
     return all_logits(read, len(which), cfg.DATASET.TEST.BATCH_SIZE, world)
 
 
-def for_cka(data: KdData) -> Tensor:
-    """Test images all over the set."""
-    return torch.linspace(0, len(data.test) - 1, min(len(data.test), CKA_IMAGES)).long()
+def said_of(
+    net: ImageNetwork, data: KdData, part: ImageSet, cfg: KdConfig, world: World, bf16: bool = False
+) -> Said | None:
+    """What a network says of the centres of a part of the images, on the CPU of rank 0; `bf16`: its logits' autocast.
+
+    Rows for CKA are of CKA_IMAGES at most, all over the part. All ranks together.
+    """
+
+    def read(which: Tensor) -> Tensor:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+            return net(data.test_input(part, which, world.device)).logits
+
+    some = torch.linspace(0, len(part) - 1, min(len(part), CKA_IMAGES)).long()
+    logits = all_logits(read, len(part), cfg.DATASET.TEST.BATCH_SIZE, world)
+    rows = rows_of(net, data, part, some, cfg, world)
+    return None if logits is None or rows is None else Said(logits, rows)
 
 
-def finish_all(runs: Sequence[StudentRun], teachers: Sequence[Teacher]) -> list[tuple[str, dict[str, float]]]:
-    """Names and numbers of runs of one teacher; of several, fidelity is to the largest. All ranks together."""
+def finish_all(runs: Sequence[StudentRun], teacher: Teacher | None) -> list[tuple[str, dict[str, float]]]:
+    """Names and numbers of runs whose DISTILLER.TEACHER it is, whoever taught them. All ranks together."""
     said = None
-    if teachers and runs:
-        data, world, cfg = runs[0].data, runs[0].world, runs[0].cfg
-
-        def read(which: Tensor) -> Tensor:
-            return teachers[0].logits(data.test_input(data.test, which, world.device))
-
-        logits = all_logits(read, len(data.test), cfg.DATASET.TEST.BATCH_SIZE, world)
-        rows = rows_of(teachers[0].net, data, data.test, for_cka(data), cfg, world)
-        said = None if logits is None or rows is None else Said(logits, rows)
+    if teacher and runs:
+        said = said_of(teacher.net, runs[0].data, runs[0].data.test, runs[0].cfg, runs[0].world)
     return [(run.label, finish(run, said, runs)) for run in runs]
 
 
@@ -81,34 +81,48 @@ def fit_head(run: StudentRun) -> None:
 def finish(run: StudentRun, said: Said | None, group: Sequence[StudentRun]) -> dict[str, float]:
     """Write what a run of a group ends with; its numbers on rank 0. All ranks together."""
     run.net.eval()
-    data, batch, world = run.data, run.cfg.DATASET.TEST.BATCH_SIZE, run.world
-    if run.cfg.views == "bags":
+    cfg, data = run.cfg, run.data
+    if cfg.views == "bags":
         fit_head(run)
-    own = all_logits(lambda which: run.logits(data.test, which), len(data.test), batch, world)
-    rows = rows_of(run.net, data, data.test, for_cka(data), run.cfg, world) if run.cfg.distils else None
-    held, held_out = None, data.held_out
-    if held_out:
-        of_held = all_logits(lambda which: run.logits(held_out, which), len(held_out), batch, world)
-        held = None if of_held is None else (of_held, held_out.labels)
+    own, held = (
+        said_of(run.net, data, part, cfg, run.world, cfg.SOLVER.AMP) if part else None
+        for part in (data.test, data.held_out)
+    )
     result: dict[str, float] = {}
-    if own is not None:
-        result = final_scores(own, data.test.labels, held)
-        if said is not None and rows is not None:
-            found = fidelity(own, said.logits, data.test.labels)
-            result |= {"agreement": found.agreement, "kl_to_teacher": found.kl, "js_to_teacher": found.js}
-            result |= {"cka": 100 * linear_cka(rows, said.rows)}
-            result |= {f"teacher_{name}": value for name, value in found.teacher.as_dict().items()}
-        result |= {"best_top1": run.best, "best_epoch": run.best_epoch, "epochs": run.cfg.epochs}
-        result |= {"seconds": round(run.seconds, 1), "epoch_seconds": run.seconds / run.cfg.epochs}
+    if own:
+        fitted = (held.logits, data.held_out.labels) if held and data.held_out else None
+        result = final_scores(own.logits, data.test.labels, fitted)
+        if said and cfg.distils:
+            result |= fidelity(own, said, data.test.labels).as_dict()
+        if cfg.views != "bags":  # whose head is fitted at the end
+            result |= {"best_top1": run.best, "best_epoch": run.best_epoch}
+        result |= {"epochs": cfg.epochs}
+        result |= {"seconds": round(run.seconds, 1), "epoch_seconds": run.seconds / cfg.epochs}
         result |= {"parameters": sum(p.numel() for p in run.net.parameters())}
         write_files(run, result, group)
     run.folder.finish(result)
     return result
 
 
+def described(cfg: KdConfig) -> str:
+    """What a report begins with: method, mechanisms and networks of a run, and what its accuracies are."""
+    d, between = cfg.DISTILLER, cfg.ASSISTANTS
+    parts = ["+".join([d.TYPE, *(name for name in ("CTKD", "KCD") if getattr(cfg, name))]), d.STUDENT]
+    if cfg.distils:
+        parts[1] = f"{d.TEACHER} to {d.STUDENT}"
+        if between.NETWORKS:
+            taught = "all that are larger (DGKD)" if between.DENSE else "the next larger only (TAKD)"
+            parts[1] += f" over ASSISTANTS {', '.join(between.NETWORKS)}, each taught by {taught}"
+        parts.append(f"M {list(cfg.regions)}")
+    tops = "top1 is of the last epoch; best_top1 was chosen on the test images."
+    if cfg.views == "bags":
+        tops = "top1 is that of a linear classifier fitted to the labels at the end; in training there is none."
+    return f"{', '.join([*parts, cfg.DATASET.TYPE])}, seed {cfg.SEED}. {tops}"
+
+
 def write_files(run: StudentRun, result: dict[str, float], group: Sequence[StudentRun]) -> None:
     """Weights, export, teacher's file and report (rank 0)."""
-    folder, d = run.folder.folder, run.cfg.DISTILLER
+    folder, cfg, d = run.folder.folder, run.cfg, run.cfg.DISTILLER
     save_tensors(folder / LAST, run.weights())
     export_student(run.net, run.data.train.normaliser, run.data.size, folder / "student.pt2")
     run.net.to(run.world.device)
@@ -117,9 +131,9 @@ def write_files(run: StudentRun, result: dict[str, float], group: Sequence[Stude
         for term in run.learner.modules() if isinstance(term, HsakdTeacherTerm)
         for name, value in term.heads.state_dict().items()
     }  # fmt: skip
-    if run.cfg.EXPERIMENT.SAVE_AS_TEACHER and not run.cfg.distils and not run.cfg.QUICK:
+    if cfg.EXPERIMENT.SAVE_AS_TEACHER and not cfg.distils and not cfg.QUICK:
         name = d.STUDENT.removesuffix("_sdd")
-        path = teacher_folder(run.cfg, name)
+        path = teacher_folder(cfg, name)
         path = path / f"{path.name.rpartition('_')[0]}.safetensors"
         if path.exists():
             log.info(f"{run.label}: the teacher in {path} is kept; remove it to have this one")
@@ -128,21 +142,21 @@ def write_files(run: StudentRun, result: dict[str, float], group: Sequence[Stude
                 save_tensors(path.with_name(HEADS), heads)
             save_tensors(path, run.weights(), {"run": run.label, "top1": f"{result['top1']:.2f}"})
             log.info(f"{run.label}: teacher written: {path}")
-    lines = run.folder.metrics()
-    curves = folder / "images" / "curves.png"
-    names = [n for n in ("train_ce", "train_kd", "test_top1", "lr") if n != "train_kd" or d.TYPE != "NONE"]
-    loss_curve(curves, {n: [(int(x["epoch"]), x[n]) for x in lines] for n in names}, "epoch", "value")
+    lines, images = run.folder.metrics(), folder / "images"
+    pictures = {"curves": [name for name in CURVES if name != "train_kd" or d.TYPE != "NONE"]}
+    if cfg.views == "bags":
+        pictures = {"curves": ["train_kd", "lr"]}
+    pictures |= {name: [name] for line in lines for name in line if name not in USUAL}  # of CTKD, KCD
+    for file, names in pictures.items():
+        drawn = {name: [(int(x["epoch"]), x[name]) for x in lines if name in x] for name in names}
+        loss_curve(images / f"{file}.png", drawn, "epoch", "value")
     rows = tuple((name, f"{value:.4g}") for name, value in result.items())
-    networks = f"{d.TEACHER} to {d.STUDENT}, M {list(run.cfg.regions)}" if run.cfg.distils else d.STUDENT
     blocks: list[Block] = [
-        Paragraph(
-            f"{d.TYPE}, {networks}, {run.cfg.DATASET.TYPE}, seed {run.cfg.SEED}. top1 is of the last epoch; "
-            "best_top1 was chosen on the test images."
-        ),
-        Table(("number", "value"), rows), Heading("Training"), Picture(curves, "by epoch"),
+        Paragraph(described(cfg)), Table(("number", "value"), rows), Heading("Training"),
+        *(Picture(images / f"{file}.png", f"{', '.join(names)} by epoch") for file, names in pictures.items()),
     ]  # fmt: skip
     if others := [other for other in group if other is not run][: PANELS - 1]:
-        beside = folder / "images" / "beside.png"
+        beside = images / "beside.png"
         shown = {one.label: [(int(x["epoch"]), x["test_top1"]) for x in one.folder.metrics()] for one in (run, *others)}
         loss_curve(beside, shown, "epoch", "test_top1")
         blocks += [Heading("Beside the runs of its group"), Picture(beside, "test_top1 by epoch")]

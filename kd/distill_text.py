@@ -58,6 +58,7 @@ def finish(lab: TextLab, folder: RunFolder) -> None:
     path, of_teacher = lab.teacher()
     claim(folder.folder, {"corpus": lab.corpus.fingerprint, "teacher": sha256(path)})
     teacher = lab.loaded(cfg.teacher, path)
+    said = lab.said(teacher, lab.parts[2])
     if cfg.attention:
         expose_attentions(teacher)
     fits = {
@@ -65,7 +66,7 @@ def finish(lab: TextLab, folder: RunFolder) -> None:
         for arm in s.arms
         for lr in s.lr
     }
-    found = {key: [lab.result(fit, s, teacher) for fit in some] for key, some in fits.items()}
+    found = {key: [lab.result(fit, s, teacher, said) for fit in some] for key, some in fits.items()}
     held = {key: mean(x["val_micro"] for x in rows) for key, rows in found.items()}
     chosen = {arm: max(((arm, lr) for lr in s.lr), key=held.__getitem__) for arm in s.arms}
     rows = {arm: found[key] for arm, key in chosen.items()}

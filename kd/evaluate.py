@@ -2,9 +2,12 @@
 
     python kd/evaluate.py --cfg config/kd/cifar100/sdd_kd_lskd/res32x4_res8x4.yaml --checkpoint FILE
     python kd/evaluate.py --cfg RUN/args.log --checkpoint RUN/student.safetensors DATASET.VAL_FRACTION=0.1
+    python kd/evaluate.py --cfg RUN/args.log --checkpoint RUN/student.safetensors --against TEACHER.safetensors
 
-The network is DISTILLER.STUDENT; the file is ours (.safetensors) or a public .pth. A temperature is fitted to the part
-of the training images that DATASET.VAL_FRACTION holds out: only if the run held out the same is it fair.
+The network is DISTILLER.STUDENT; the file is ours (.safetensors) or a public .pth. --against is a file of
+DISTILLER.TEACHER: agreement, KL, JS and CKA say how far the network does on the test images what that one does. A
+temperature is fitted to the part of the training images that DATASET.VAL_FRACTION holds out: only if the run held out
+the same is it fair.
 """
 
 if __name__ == "__main__":  # thread settings count only before torch is imported
@@ -12,41 +15,41 @@ if __name__ == "__main__":  # thread settings count only before torch is importe
 
     prepare()
 
-from functools import partial
-
 import torch
-from torch import Tensor
+from pydantic import model_validator
 
 from config import CommandLine, LocalPath, Option, Resolved
+from kd.closing import said_of
 from kd.kd_config import KdConfig
-from kd.kd_data import KdData, load_kd_data
-from kd.scoring import all_logits, final_scores, result_table
-from utils.ddp import World
+from kd.kd_data import load_kd_data
+from kd.methods.fidelity import fidelity
+from kd.scoring import final_scores, result_table
+from kd.teacher import Teacher
 from utils.dry_run import print_values
-from utils.image_networks import ImageNetwork
 from utils.init_script import init_script
 from utils.kd_networks import kd_network, load_public
 from utils.program import leave, run_program
 from utils.report import plain_table
 from utils.run_folder import REPOSITORY, log
-from utils.utils_image import ImageSet
 
-OPTIONS = (Option("checkpoint", "CHECKPOINT", "path", "the network's file"),)
+OPTIONS = (
+    Option("checkpoint", "CHECKPOINT", "path", "the network's file"),
+    Option("against", "AGAINST", "path", "file of DISTILLER.TEACHER, to which the network is compared"),
+)
 
 
 class EvaluateConfig(KdConfig):
-    """A run's configuration, and a file."""
+    """A run's configuration, and a file or two."""
 
     CHECKPOINT: LocalPath
+    AGAINST: LocalPath | None = None
 
-
-def part_logits(net: ImageNetwork, data: KdData, part: ImageSet, batch: int, world: World) -> Tensor | None:
-    """Logits [N, K] of a part of the images, on the CPU of rank 0."""
-
-    def read(which: Tensor) -> Tensor:
-        return net(data.test_input(part, which, world.device)).logits
-
-    return all_logits(read, len(part), batch, world)
+    @model_validator(mode="after")
+    def whose(self) -> "EvaluateConfig":
+        """The second file is of a network that has a name."""
+        if self.AGAINST and not self.DISTILLER.TEACHER:
+            raise ValueError(f"AGAINST: {self.AGAINST} is of DISTILLER.TEACHER, which is not set; name the network")
+        return self
 
 
 @torch.no_grad()
@@ -60,14 +63,23 @@ def evaluate(resolved: Resolved[EvaluateConfig], command: CommandLine) -> None:
         data = load_kd_data(cfg.DATASET)
         net = kd_network(cfg.DISTILLER.STUDENT, len(data.classes), data.train.channels, data.size, 0, "evaluate")
         load_public(cfg.DISTILLER.STUDENT, cfg.CHECKPOINT, net)
-        logits = partial(part_logits, net.to(world.device).eval(), data, batch=cfg.DATASET.TEST.BATCH_SIZE, world=world)
-        rows, held = logits(data.test), logits(data.held_out) if data.held_out else None
+        nets = {cfg.CHECKPOINT.name: net.to(world.device).eval()}
+        if cfg.AGAINST:
+            teacher = Teacher(cfg.DISTILLER.TEACHER or "", cfg.AGAINST, data, False, world.device)
+            nets[f"against {cfg.AGAINST.name}"] = teacher.net
         if not data.held_out:
             log.info("no temperature is fitted: DATASET.VAL_FRACTION is 0")
-        if rows is not None:
-            fitted = (held, data.held_out.labels) if held is not None and data.held_out else None
-            found = final_scores(rows, data.test.labels, fitted)
-            print(plain_table(result_table([(cfg.CHECKPOINT.name, found)])))
+        rows, every = [], []
+        for name, one in nets.items():
+            said, held = (said_of(one, data, p, cfg, world) if p else None for p in (data.test, data.held_out))
+            if said:
+                fitted = (held.logits, data.held_out.labels) if held and data.held_out else None
+                rows.append((name, final_scores(said.logits, data.test.labels, fitted)))
+                every.append(said)
+        if len(every) > 1:
+            rows[0][1].update(fidelity(every[0], every[1], data.test.labels).pair)
+        if rows:
+            print(plain_table(result_table(rows)))
 
 
 TAKES = (EvaluateConfig, OPTIONS)

@@ -82,7 +82,8 @@ class Batches:
         nothing = torch.arange(0)
         self.again = [nothing] * len(self.parts)  # of `twice`
         if self.views == "twice":
-            self.again = [self.order(epoch - 1)[-1] if epoch else nothing, *self.parts[:-1]]
+            same = epoch and (self.shrinking is None or self.shrinking.count(epoch) == self.shrinking.count(epoch - 1))
+            self.again = [self.order(epoch - 1)[-1] if same else nothing, *self.parts[:-1]]  # of the same images
         self.view = epoch % self.fixed if self.fixed else epoch
         self.on_device = torch.cat(self.own).to(self.world.device).split([len(part) for part in self.own])
         self.make, self.remake = self.maker(self.view), self.maker(SECOND + self.view)

@@ -17,6 +17,7 @@ from kd.methods.rotations import Hsakd
 from kd.methods.temperature import Ctkd
 from kd.methods.transformer import Tat
 from kd.regions import parse_scales
+from utils.kd_networks import known_network
 
 Views = Literal["plain", "turned", "bags", "twice"]
 METHODS = (
@@ -100,6 +101,12 @@ class Distiller(Section):
     TEACHER_PATH: LocalPath | None = None  # a file; None: looked for below TEACHERS
     TEACHERS: LocalPath = Path("save")
 
+    @field_validator("TEACHER", "STUDENT")
+    @classmethod
+    def networks(cls, value: str | None) -> str | None:
+        """Networks that exist."""
+        return value and known_network(value)
+
     @field_validator("TYPE")
     @classmethod
     def known(cls, value: str) -> str:
@@ -112,7 +119,7 @@ class Distiller(Section):
         if len({*parts}) < len(parts) or sum(part in METHODS for part in parts) > 1 or several and {*parts} & {*ALONE}:
             raise ValueError(
                 f"{value} cannot be added up: take different ones, of {', '.join(METHODS[1:])} at most one, and "
-                f"{', '.join(ALONE)} alone"
+                f"{', '.join(ALONE)} alone, whose losses are whole and whose batches are their own"
             )
         return value
 
@@ -256,8 +263,11 @@ class KdConfig(Section):
         d, views = self.DISTILLER, [VIEWS[part] for part in self.DISTILLER.parts if part in VIEWS]
         if self.distils and d.TEACHER is None:
             raise ValueError(f"DISTILLER.TYPE: {d.TYPE} needs DISTILLER.TEACHER; name a network, or set TYPE: NONE")
-        if self.CTKD and not {"DIST", *METHODS[1:]} & {*d.parts}:
-            raise ValueError(f"CTKD: {d.TYPE} has no temperature that could be learned; add KD, or leave CTKD out")
+        if self.CTKD and d.logit_method == "NONE":
+            other = "" if {*d.parts} & {*ALONE} else "add KD, or "
+            raise ValueError(f"CTKD: no temperature of {d.TYPE} can be learned; {other}leave CTKD out")
+        if self.KCD and "BINGO" in d.parts:
+            raise ValueError("KCD: it ranks images by logits, and BINGO learns none; leave KCD out")
         if self.ASSISTANTS.NETWORKS and not self.distils:
             raise ValueError(f"ASSISTANTS: {d.TYPE} has no teacher, so there is nothing between; leave NETWORKS empty")
         if self.ASSISTANTS.NETWORKS and "HSAKD" in d.parts:

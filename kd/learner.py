@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import ConfigError
 from kd.kd_batches import Batch
 from kd.kd_config import UNTAUGHT, KdConfig
 from kd.methods import hints, relations
@@ -61,8 +62,14 @@ def make_term(
     if name == "SP":
         return MapsTerm(cfg.SP.WEIGHT, last, relations.sp_loss)
     if name == "FITNET":
-        block = min(cfg.FITNET.BLOCK, len(numbers)) - 1
+        block = cfg.FITNET.BLOCK - 1
+        if block >= len(numbers):
+            raise ConfigError(
+                f"FITNET.BLOCK: {block + 1}, but the networks have {len(numbers)} levels; take one of them"
+            )
         part = relations.projection(*widths[block])
+        if cfg.FITNET.RELU:
+            part.append(nn.ReLU())
         return MapsTerm(cfg.FITNET.WEIGHT, [numbers[block]], hints.fitnet_loss, [part])
     if name == "VID":
         parts = [hints.VidHead(s, t, cfg.VID.VARIANCE) for s, t in widths]
@@ -113,6 +120,7 @@ class Learner(nn.Module):
         own = shapes(net, channels, size)
         names = [name for name in cfg.DISTILLER.parts if name != "NONE"]
         self.policy: GlobalTemperature | InstanceTemperature | None = None
+        self.temperature = torch.empty(0)  # the learned one of the last step: [1], or of samples [B]
         every: list[list[Term]] = []  # of every teacher
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(cfg.SEED, "kd terms"))
@@ -166,6 +174,7 @@ class Learner(nn.Module):
             learned = None
             if self.policy is not None:
                 learned = self.policy(own.logits, of_teacher.logits, self.curriculum(epoch))
+                self.temperature = learned.detach()
             seen = Seen(own, of_teacher, batch.labels, batch.ids, batch.fresh, step, ranks, learned, batch.again)
             for term in made:
                 counts = now or not term.taught
@@ -176,11 +185,8 @@ class Learner(nn.Module):
         return self.ce_weight * ce + extra, ce, extra, logits
 
     def numbers(self) -> dict[str, float]:
-        """What a line of metrics says besides: the temperature, where there is one for all samples."""
-        policy = self.policy
-        if not isinstance(policy, GlobalTemperature):
-            return {}
-        return {"temperature": policy.lowest + policy.span * policy.raw.detach().sigmoid().item()}
+        """What a line of metrics says besides: the learned temperature of the last step, its mean over samples."""
+        return {} if self.policy is None else {"temperature": self.temperature.mean().item()}
 
     def remember(self, spread: Spread) -> None:
         """After a step: what later ones need. All ranks together."""

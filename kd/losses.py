@@ -83,18 +83,29 @@ def dkd_rows(
 
 
 def nkd_rows(
-    student: Tensor, teacher: Tensor, target: Tensor, gamma: float, temperature: float | Tensor, whole: bool = False
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    gamma: float,
+    temperature: float | Tensor,
+    whole: bool = False,
+    learned: bool = False,
 ) -> Tensor:
     """-p_t(y) log p_s(y), both at T = 1, - gamma T^2 sum of q_t log q_s, both within the rest at T: [..., K], [...] ->
-    [...]. `whole` (compat sdd_nkd): the rest is all classes. ConfigError: K < 3."""
+    [...]. `whole` (compat sdd_nkd): the rest is all classes. ConfigError: K < 3.
+
+    A `learned` T sees q_t log (q_s / q_t) instead: T^2 times the teacher's entropy always grows with T.
+    """
     refuse_two_classes("nkd", student)
     student, teacher, y = widened(student), widened(teacher), target[..., None]
     hit = (teacher.log_softmax(-1).gather(-1, y).exp() * student.log_softmax(-1).gather(-1, y)).squeeze(-1)
     if whole:
-        p_t, log_s = (teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1)
+        log_s, log_t = ((z / temperature).log_softmax(-1) for z in (student, teacher))
+        p_t = log_t.exp()
     else:
-        p_t, log_s = _split(teacher / temperature, target)[2], _split(student / temperature, target)[1]
-    return -hit - gamma * squared(temperature) * (p_t * log_s).sum(-1)
+        (_, log_s, _), (_, log_t, p_t) = (_split(z / temperature, target) for z in (student, teacher))
+    gap = log_s - log_t if learned else log_s
+    return -hit - gamma * squared(temperature) * (p_t * gap).sum(-1)
 
 
 def _split(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +143,7 @@ def distillation_loss(
     elif s.base == "dkd":
         rows = dkd_rows(student, teacher, y, s.alpha, s.beta, degrees)
     else:
-        rows = nkd_rows(student, teacher, y, s.gamma, degrees, whole=s.compat == "sdd_nkd")
+        rows = nkd_rows(student, teacher, y, s.gamma, degrees, s.compat == "sdd_nkd", temperature is not None)
     if s.weight_rule == "none":
         same = torch.ones_like(rows, dtype=torch.bool)
     else:

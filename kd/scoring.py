@@ -77,16 +77,17 @@ def final_scores(logits: Tensor, labels: Tensor, held: tuple[Tensor, Tensor] | N
 COLUMNS = {  # of result tables: the number in a run's result, its name
     "top1": "top-1, last", "top5": "top-5", "nll": "NLL", "ece": "ECE", "nll_scaled": "NLL, scaled",
     "ece_scaled": "ECE, scaled", "agreement": "agreement", "kl_to_teacher": "KL to teacher",
-    "cka": "CKA", "teacher_top1": "teacher", "best_top1": "top-1, best", "held_out_top1": "top-1, held out",
-    "epoch_seconds": "s/epoch",
+    "js_to_teacher": "JS to teacher", "cka": "CKA", "teacher_top1": "teacher", "best_top1": "top-1, best",
+    "held_out_top1": "top-1, held out", "epoch_seconds": "s/epoch",
 }  # fmt: skip
 
 
 def result_table(results: Sequence[tuple[str, Mapping[str, float]]], caption: str = "") -> Table:
     """Final numbers of runs; best is chosen on the test images. A run without a number has a dash."""
     names = [name for name in COLUMNS if any(name in found for _, found in results)]
+    digits = [3 if "nll" in name or "_to_" in name else 2 for name in names]  # of nats more than of percents
     rows = [
-        (label, *(f"{found[name]:.{3 if 'nll' in name else 2}f}" if name in found else "-" for name in names))
+        (label, *(f"{found[n]:.{d}f}" if n in found else "-" for n, d in zip(names, digits, strict=True)))
         for label, found in results
     ]
     return Table(("run", *(COLUMNS[name] for name in names)), tuple(rows), caption)

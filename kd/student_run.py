@@ -133,8 +133,8 @@ class StudentRun:
     def average_buffers(self) -> None:
         """Running statistics of batch norm: the mean over ranks, which is linear in every step's share."""
         if self.world.size > 1:
-            for buffer in self.learner.buffers():
-                if buffer.is_floating_point():
+            for name, buffer in self.learner.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
                     self.world.sum(buffer).div_(self.world.size)
 
     @torch.no_grad()
@@ -150,6 +150,19 @@ class StudentRun:
                 [hits(z, y), F.cross_entropy(z, y, reduction="sum")[None], y.new_tensor([len(y)])]
             ).double()
         return self.world.sum(sums)
+
+    def test(self, epoch: int) -> dict[str, float]:
+        """Scores of the test images after epoch 1, 2, ...; the best epoch's weights are kept. All ranks together."""
+        first, five, nll, tested = self.test_counts().tolist()
+        top1 = 100 * first / tested
+        if top1 > self.best:
+            self.best, self.best_epoch = top1, epoch
+            if self.world.main:
+                save_tensors(self.folder.folder / BEST, self.weights())
+        return {
+            "test_top1": top1, "test_top5": 100 * five / tested, "test_nll": nll / tested, "best_top1": self.best,
+            "best_epoch": self.best_epoch,
+        }  # fmt: skip
 
     def logits(self, part: ImageSet, which: Tensor) -> Tensor:
         """Float32 logits [B, K] of held-out images."""
@@ -174,21 +187,15 @@ class StudentRun:
                 f"{self.label}: epoch {epoch}: the loss is not finite from step {turn + 1} on (see {file}); the "
                 "state of the epoch before is kept: lower SOLVER.LR or the weight of the loss"
             )
-        first, five, nll, tested = self.test_counts().tolist()
-        top1 = 100 * first / tested
-        if top1 > self.best:
-            self.best, self.best_epoch = top1, epoch
-            if self.world.main:
-                save_tensors(self.folder.folder / BEST, self.weights())
+        accuracies = {} if self.cfg.views == "bags" else self.test(epoch) | {"train_top1": 100 * right / count}
         self.folder.metric(
             iteration=self.done, epoch=epoch, lr=self.optimizer.param_groups[0]["lr"], train_ce=ce / count,
-            train_kd=extra / count, train_top1=100 * right / count, test_top1=top1, test_top5=100 * five / tested,
-            test_nll=nll / tested, best_top1=self.best, best_epoch=self.best_epoch, **self.learner.numbers(),
+            train_kd=extra / count, **accuracies, **self.learner.numbers(),
             **({"samples": self.batches.shrinking.count(epoch - 1)} if self.batches.shrinking else {}),
         )  # fmt: skip
+        tops = [f" {name} {accuracies[f'{name}_top1']:.2f}" for name in ("train", "test", "best") if accuracies]
         log.info(
-            f"{self.label}: epoch {epoch}/{self.cfg.epochs} ce {ce / count:.3f} kd {extra / count:.3f} "
-            f"train {100 * right / count:.2f} test {top1:.2f} best {self.best:.2f}"
+            f"{self.label}: epoch {epoch}/{self.cfg.epochs} ce {ce / count:.3f} kd {extra / count:.3f}{''.join(tops)}"
         )
         every = self.cfg.LOG.SAVE_CHECKPOINT_FREQ
         if self.world.main and every and epoch % every == 0 and self.done < self.total:

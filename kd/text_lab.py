@@ -24,6 +24,7 @@ from kd.distilltool import (
     expose_attentions,
     init_student_from_layers,
 )
+from kd.methods.fidelity import Said, fidelity
 from kd.text_bert import Called, fresh_bert
 from kd.text_config import Arm, DistillTextConfig, Model, teacher_folder
 from utils.checkpoint import atomic_write, load_tensors, save_tensors
@@ -56,6 +57,14 @@ class Fit(NamedTuple):
     def weights(self) -> Path:
         """File of the trained weights."""
         return self.folder / "model.safetensors"
+
+
+def decisions(said: Said) -> Said:
+    """Every (document, label) as a sample of two classes: logits [N, L] of labels as (0, z) [N * L, 2]; rows as is.
+
+    Their softmax is (1 - sigmoid(z), sigmoid(z)), so that agreement is of decisions at a threshold of 0.5.
+    """
+    return Said(torch.stack([torch.zeros_like(said.logits), said.logits], -1).flatten(0, 1), said.rows)
 
 
 @dataclass(frozen=True)
@@ -134,30 +143,47 @@ class TextLab:
         learner.train(optimizer, schedule, loader, settings.epochs, lambda model, step: self.flag.check(), **show)
         return model
 
-    def scores(self, model: nn.Module) -> Found:
-        """Of validation and test, in percent; the threshold of several labels is chosen on validation."""
-        device, several = self.world.device, self.corpus.multilabel
-        probs = []
-        for part in self.parts[1:]:
-            places = buckets(part.lengths.tolist(), TOKENS)
-            logits = predict(Called(model), lambda ids, part=part: part.input(ids, device), places, len(part))  # type: ignore[misc]
-            probs.append(probabilities(logits, several))
+    def said(self, model: Any, part: TextSet) -> Said:
+        """Logits [N, C] of documents, and pooled rows [N, D] in an order that is the same for every model."""
+        rows: list[Tensor] = []
+        hook = model.classifier.register_forward_pre_hook(lambda _, given: rows.append(given[0].float().cpu()))
+        places = buckets(part.lengths.tolist(), TOKENS)
+        logits = predict(Called(model), lambda ids: part.input(ids, self.world.device), places, len(part))
+        hook.remove()
+        return Said(logits, torch.cat(rows))
+
+    def scores(self, model: nn.Module, of_teacher: Said | None) -> Found:
+        """Of validation and test, in percent, with fidelity to what a teacher says of the test documents.
+
+        The threshold of several labels is chosen on validation.
+        """
+        several = self.corpus.multilabel
+        said = [self.said(model, part) for part in self.parts[1:]]
+        probs = [probabilities(own.logits, several) for own in said]
         threshold = best_threshold(probs[0], self.parts[1].targets) if several else 0.5
         found = {"threshold": threshold}
         for name, p, part in zip(("val", "test"), probs, self.parts[1:], strict=True):
             scores = score(p, part.targets, several, threshold).as_dict()
             found |= {f"{name}_{key}": value for key, value in scores.items()}
+        if of_teacher:
+            y = self.parts[2].targets
+            if several:
+                found |= fidelity(decisions(said[1]), decisions(of_teacher), (y > 0.5).long().flatten()).pair
+            else:
+                found |= fidelity(said[1], of_teacher, y.argmax(1)).pair
         return found
 
-    def result(self, fit: Fit, settings: Model, teacher: nn.Module | None = None) -> Found:
-        """Scores of a training, which is run unless it is finished."""
+    def result(
+        self, fit: Fit, settings: Model, teacher: nn.Module | None = None, of_teacher: Said | None = None
+    ) -> Found:
+        """Scores of a training, which is run unless it is finished; `of_teacher`: of the test documents."""
         path = fit.folder / RESULT
         if not path.exists():
             self.flag.check()
             log.info(f"{fit.folder.name}: {settings.layers} layers, learning rate {fit.lr:g}")
             began = time.monotonic()
             model = self.train(fit, settings, teacher)
-            found = {"lr": fit.lr, "seconds": time.monotonic() - began} | self.scores(model)
+            found = {"lr": fit.lr, "seconds": time.monotonic() - began} | self.scores(model, of_teacher)
             save_tensors(fit.weights, model.state_dict())
             atomic_write(path, json.dumps(found, indent=1).encode())
             shutil.rmtree(fit.folder / "saves")

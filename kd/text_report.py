@@ -25,6 +25,8 @@ from utils.report import (
 )
 from utils.utils_text import TextSet
 
+# Of a student and its teacher: the number in a result, its column, digits.
+FIDELITY = (("agreement", "agreement, %", 2), ("kl_to_teacher", "KL, nats", 3), ("cka", "CKA, %", 2))
 TIMED, ROUNDS = 512, 7  # documents of a speed, times that it is taken
 
 
@@ -46,12 +48,15 @@ def speeds(models: Sequence[nn.Module], documents: TextSet, batch: int, device: 
 
 
 def score_table(lab: TextLab, of_teacher: Found, rows: Mapping[Arm, Sequence[Found]]) -> Table:
-    """Test scores of the teacher and of every arm at its learning rate."""
+    """Test scores of the teacher and of every arm at its learning rate, and its fidelity to the teacher.
+
+    A dash: of a student that an earlier version scored, no fidelity is known.
+    """
     s, several = lab.cfg.student, lab.corpus.multilabel
     names = {"micro": "micro-F1", "macro": "macro-F1", "map": "mAP"} if several else {"micro": "accuracy"}
     seen = min(s.documents or len(lab.parts[0]), len(lab.parts[0]))
     cells = [("teacher", f"{len(lab.parts[0]):,}", *(spread([of_teacher[f"test_{n}"]]) for n in names), "", "",
-              spread([of_teacher["seconds"]], 0))]  # fmt: skip
+              spread([of_teacher["seconds"]], 0), *[""] * len(FIDELITY))]  # fmt: skip
     for arm, found in rows.items():
         values = {name: [x[f"test_{name}"] for x in found] for name in names}
         base = [x["test_micro"] for x in rows["alone"]] if arm != "alone" and "alone" in rows else None
@@ -59,12 +64,16 @@ def score_table(lab: TextLab, of_teacher: Found, rows: Mapping[Arm, Sequence[Fou
             ARMS[arm], f"{seen:,}", *(spread(own) for own in values.values()),
             gain(values["micro"], base) if base else "", f"{found[0]['lr']:g}",
             spread([x["seconds"] for x in found], 0),
+            *(spread([x[n] for x in found], d) if all(n in x for x in found) else "-" for n, _, d in FIDELITY),
         ))  # fmt: skip
+    scores, pair = (f"{name}, %" for name in names.values()), (title for _, title, _ in FIDELITY)
+    twofold = ", of every (document, label) as a sample of two classes, decided at 0.5" if several else ""
     return Table(
-        ("model", "documents", *(f"{name}, %" for name in names.values()), "over alone", "lr", "seconds"),
+        ("model", "documents", *scores, "over alone", "lr", "seconds", *pair),
         tuple(cells),
         f"{lab.corpus.name}, {len(lab.parts[2]):,} test documents: mean and deviation over seeds {list(s.seeds)}; over "
-        "alone: mean and standard error of the paired differences",
+        f"alone: mean and standard error of the paired differences; agreement with and KL to the teacher{twofold}; CKA "
+        "with it, of pooled rows",
     )
 
 

@@ -26,8 +26,8 @@ from kd.methods.contrast import bags
 from kd.places import links, run_folder, run_name
 from kd.scoring import result_table
 from kd.student_run import StudentRun, train_group
-from kd.teacher import KeptLogits, Teacher, sha256, teacher_files, teacher_heads
-from utils.ddp import World
+from kd.teacher import KeptLogits, Teacher, sha256, teacher_file, teacher_files, teacher_heads
+from utils.ddp import World, environment_rank
 from utils.dry_run import print_values
 from utils.init_script import init_script
 from utils.program import leave, run_group
@@ -57,7 +57,7 @@ def check_group(configs: list[KdConfig]) -> None:
 
 def hint(cfg: KdConfig, classes: int) -> str:
     """A line where the temperature looks wrong for standardised logits of so many classes, else nothing."""
-    if not cfg.standardise:
+    if not cfg.standardise or cfg.CTKD:
         return ""
     key = {"kd": "KD.TEMPERATURE", "dkd": "DKD.T", "nkd": "NKD.T"}[cfg.base_loss]
     given, suggested = cfg.loss.temperature, suggested_temperature(classes)
@@ -69,6 +69,17 @@ def hint(cfg: KdConfig, classes: int) -> str:
     )
 
 
+def needs(cfg: KdConfig) -> list[str]:
+    """Lines on the teacher's file, or where it is missing, and on the runs of the assistants."""
+    lines = [f"before it: {run_folder(link)}" for link in links(cfg)[:-1]]
+    if cfg.distils:
+        try:
+            lines.append(f"teacher: {teacher_file(cfg)}")
+        except ConfigError as error:
+            lines.append(str(error))
+    return lines
+
+
 def train(every: list[Resolved[KdConfig]], command: CommandLine) -> None:
     """All runs of the command line, those of their assistants before them."""
     configs = [resolved.config for resolved in every]
@@ -76,6 +87,8 @@ def train(every: list[Resolved[KdConfig]], command: CommandLine) -> None:
     if command.dry_run:
         for resolved in every:
             print_values(resolved, run_folder(resolved.config))
+            if environment_rank() == 0:
+                print("\n".join(needs(resolved.config)))
         return
     first = configs[0]
     with init_script(command.gpu, first.tf32, first.SEED, any(c.debug for c in configs)) as world, stop_flag() as flag:
@@ -114,7 +127,10 @@ def train_left(left: list[tuple[KdConfig, RunFolder]], world: World, flag: StopF
     wanted = [run.regions for run in runs if run.teachers]
     kept = KeptLogits(teachers[0], batches, wanted, world.main) if teachers and first.KD.CACHE_VIEWS else None
     failed = train_group(runs, batches, teachers, kept, flag)
-    results = finish_all([run for run in runs if run.label not in failed], teachers)
+    teacher = teachers[0] if teachers else None
+    if teachers and (named := (first.DISTILLER.TEACHER or "", teacher_file(first))) not in files:  # TAKD
+        teacher = Teacher(*named, data, bf16, world.device)
+    results = finish_all([run for run in runs if run.label not in failed], teacher)
     if world.main and results:
         print(plain_table(result_table(results)))
     if failed:

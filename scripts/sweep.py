@@ -5,7 +5,8 @@
     python -m scripts.sweep config/sweeps/text.txt --seeds 0,1,2 --sbatch scripts/slurm.sbatch
 
 A line is a name, a configuration (from config/) and overrides. `condense.ipc={1,5,10}` makes three runs of it, and
-SEEDS one that is told all seeds. [words] in brackets say where the runs below come from; behind stands their program.
+SEEDS one that is told all seeds. [words] in brackets say where the runs below come from; behind stand their program and
+overrides of them all.
 What is below --- starts when all above has ended. What is finished is skipped, what was begun goes on, a crash is
 listed and ends in exit status 1. Other words go to the programs: overrides, and options such as --tf32.
 """
@@ -27,7 +28,7 @@ from config import ConfigError, add_args_from_yaml, parse_command_line
 from config.cli import Parser, positive
 from scripts.programs import PROGRAMS, Program
 from scripts.slots import Ended, Job, last_words, run_jobs, slots_of
-from scripts.table import collected
+from scripts.table import check, collect, collected
 from utils.checkpoint import load_json
 from utils.progress import clock
 from utils.report import Paragraph, Table, plain_table, spread, write_report
@@ -93,12 +94,13 @@ def read_sweep(path: Path, seeds: Sequence[int], more: Sequence[str]) -> list[Pl
     runs: dict[tuple[str, Path], Planned] = {}
     named: dict[tuple[str, int], Path] = {}
     for seed in seeds:
-        origin, script, block = "", "", 0
+        origin, script, block, common = "", "", 0, list[str]()
         for number, text in enumerate(lines, 1):
             line, where = text.split("#")[0].strip(), f"{path}:{number}"
             words = line.split()
             if line.startswith("["):
-                origin, _, script = (part.strip() for part in line[1:].partition("]"))
+                origin, _, behind = line[1:].partition("]")
+                script, *common = behind.split() or [""]
                 if script not in PROGRAMS:
                     raise ConfigError(f"{where}: '{script}' after the brackets: expected one of {', '.join(PROGRAMS)}")
             elif words == ["---"]:
@@ -109,7 +111,7 @@ def read_sweep(path: Path, seeds: Sequence[int], more: Sequence[str]) -> list[Pl
                 program = PROGRAMS[script]
                 schema, options = program.takes
                 for name, (config, *own) in choices(words[0], words[1:]):
-                    own = [word.replace("SEEDS", ",".join(map(str, seeds))) for word in own]
+                    own = [word.replace("SEEDS", ",".join(map(str, seeds))) for word in (*common, *own)]
                     place = shlex.quote(str(REPOSITORY / "config" / config))
                     file = " ".join([place, f"{program.seed}={seed}", *own])
                     command = parse_command_line([f"--config_path={file}", *more], "", options)
@@ -156,7 +158,7 @@ def sweep_table(runs: Sequence[Planned]) -> Table:
     body = []
     for (name, origin), some in rows.items():
         cells = (
-            spread([one[k] for one in found[name, origin] if k in one], 3 if k in ("nll", "nll_scaled") else 2) or "-"
+            spread([one[k] for one in found[name, origin] if k in one], 3 if "nll" in k or "_to_" in k else 2) or "-"
             for k in columns
         )
         body.append((name, origin, f"{sum(run.finished for run in some)}/{len(some)}", *cells))
@@ -242,8 +244,8 @@ def submit(
         log.info(f"job {after}: " + (f"processes {array}" if array else "the table"))
 
 
-def summary(runs: Sequence[Planned], parts: Sequence[Sequence[Planned]], logs: Path) -> int:
-    """Show the table; 1 if a run is not finished."""
+def summary(runs: Sequence[Planned], parts: Sequence[Sequence[Planned]], logs: Path, records: Path | None) -> int:
+    """Show the table, put the numbers into a room's tables; 1 if a run is not finished."""
     tables = [sweep_table(runs)]
     searched = any("@" in run.name for run in runs)
     if searched:
@@ -258,6 +260,9 @@ def summary(runs: Sequence[Planned], parts: Sequence[Sequence[Planned]], logs: P
     write_report(logs, "Sweep", [Paragraph(note), *tables, *map(Paragraph, lines)])
     print("\n\n".join(map(plain_table, tables)), flush=True)
     print("\n".join(lines), end="\n" * bool(lines), file=sys.stderr)
+    if records and not lines:
+        collect(records, [run.folder for run in runs if run.origin != "teacher"])
+        log.info(f"{records}: {len(runs)} runs; " + "; ".join(check(REPOSITORY, write=True) or ["tables are written"]))
     return 1 if lines else 0
 
 
@@ -273,6 +278,7 @@ def command_line() -> Parser:
     add("--group_size", metavar="N", type=positive, default=16, help="most runs that share a process (default: 16)")
     add("--only", metavar="TEXT", default="", help="runs whose name has this text")
     add("--dry_run", action="store_true", help="list the runs and what is finished")
+    add("--collect", metavar="FILE", type=Path, help="at the end: a room's results.jsonl that takes the numbers")
     add("--sbatch", metavar="TEMPLATE", type=Path, help="hand the runs to SLURM, --slots at a time, and leave")
     add("--task", metavar="N", type=int, help="only process N, as an array of SLURM does")
     add("--summary", action="store_true", help="only the table of what is finished")
@@ -305,10 +311,10 @@ def main() -> int:
                 print(f"{'finished' if run.finished else 'to do':8}  {run}  {run.origin}  {run.folder}")
             return 0
         if given.summary:
-            return summary(runs, parts, logs)
+            return summary(runs, parts, logs, given.collect)
         if given.task is None:
             sweep(parts, more, given.ranks, given.slots, logs)
-            return summary(runs, parts, logs)
+            return summary(runs, parts, logs, given.collect)
         if not 0 <= given.task < len(parts):
             raise ConfigError(f"--task: {given.task} of processes 0 to {len(parts) - 1}")
         sweep([parts[given.task]], more, given.ranks, 1, logs)

@@ -34,6 +34,7 @@ OUTPUTS = ("results", "pretrained_models", "models", "dataset", "save", "data", 
 MARKER = re.compile(r"\s*<!-- table: (\S+) -->\s*")
 RULE = re.compile(r"\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?")
 OF_STUDENT = re.compile(r"(.+?)_(?:seed\d+(?:_\d+)?|order\d+_stage\d+)")
+SEED = re.compile(r"_seed(\d+)_")
 REDUCE = {"mean": mean, "median": median}
 Lines = list[tuple[str, ...]]  # a table's cells, header and rule first
 
@@ -46,6 +47,7 @@ class Column(Section):
     row: str = ""  # a training set or model, as the records name it; what the row says stands before it
     runs: str = ""  # a pattern of runs: the numbers of all that match are one sample
     against: str = ""  # a row: mean and standard error of the paired differences to it
+    over: str = ""  # a pattern of runs: mean and standard error of the differences to that of the same seed
     digits: int = 1
     of: Literal["spread", "mean", "median", "count"] = "spread"  # spread: mean ± deviation; count: how many there are
     instead: list[str] = ["", ""]  # in the row's pattern of runs, and what stands there for this column
@@ -170,9 +172,20 @@ def sample(records: Sequence[Record], runs: str, row: str, score: str) -> list[f
     return [value for values in found for value in values]
 
 
+def by_seed(records: Sequence[Record], runs: str, row: str, score: str) -> dict[str, float]:
+    """Seed -> the number of its run, as the run's name has the seed. Raises ConfigError where there is none."""
+    found = [(m[1], r) for r in records if fnmatchcase(r.run, runs) and (m := SEED.search(r.run))]
+    return {seed: sample([record], runs, row, score)[0] for seed, record in found}
+
+
 def cell(records: Sequence[Record], runs: str, row: str, column: Column) -> str:
     """Mean ± deviation, of one number no deviation; against another row ± standard error."""
     runs = runs.replace(column.instead[0], column.instead[1])
+    if column.over:
+        own, base = (by_seed(records, pattern, row, column.score) for pattern in (runs, column.over))
+        if missing := own.keys() - base.keys():
+            raise ConfigError(f"runs '{column.over}': none has seed {', '.join(sorted(missing))}, as '{runs}' has")
+        return gain([*own.values()], [base[seed] for seed in own], column.digits)
     values = sample(records, runs, row, column.score)
     if column.against:
         return gain(values, sample(records, runs, column.against, column.score), column.digits)

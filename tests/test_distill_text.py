@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from launching import ROOT
 from config import ConfigError, add_args_from_yaml
 from kd import distill_text, text_lab, text_report
 from kd.distilltool import expose_attentions
+from kd.methods.fidelity import linear_cka
 from kd.text_config import DistillTextConfig, run_folder
 from kd.text_lab import open_lab
 from utils.corpus import Corpus
@@ -125,6 +127,39 @@ def test_the_terms_of_the_toolkit_are_logged_at_every_step(lab: Lab) -> None:
     assert json.loads((alone / "metrics.jsonl").read_text().splitlines()[0]).keys() == {"step", "losses", "total", "lr"}
 
 
+def test_every_student_is_compared_to_the_teacher(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, cfg = result(lab.only("whole")), lab.config("whole")
+    for (row,) in found["students"].values():
+        assert {"agreement", "kl_to_teacher", "js_to_teacher", "cka"} <= row.keys()
+    (row,), folder = found["students"]["distilled"], lab.only("whole") / "students"
+    (weights,) = folder.glob("distilled_lr*/model.safetensors")
+    monkeypatch.setattr(text_lab, "load_corpus", few_documents)
+    with process_group(torch.device("cpu")) as world, torch.no_grad():
+        text = open_lab(cfg, world, StopFlag())
+        x = text.parts[2].input(torch.arange(len(text.parts[2])), world.device)
+        models = text.loaded(cfg.teacher, text.teacher()[0]), text.loaded(cfg.student, weights)
+        rows = [model.bert(x.tokens, attention_mask=x.mask).pooler_output for model in models]
+        said = [model.classifier(pooled).double() for model, pooled in zip(models, rows, strict=True)]
+    teacher, student = (torch.distributions.Bernoulli(logits=logits) for logits in said)
+    assert row["agreement"] == pytest.approx(100 * ((said[0] > 0) == (said[1] > 0)).double().mean().item())
+    kl = torch.distributions.kl_divergence(teacher, student).mean().item()
+    assert row["kl_to_teacher"] == pytest.approx(kl, rel=1e-4) and 0 < row["js_to_teacher"] < kl
+    assert row["cka"] == pytest.approx(100 * linear_cka(*rows), rel=1e-4)
+
+
+def test_students_of_an_earlier_version_have_a_dash_for_what_it_did_not_measure(lab: Lab) -> None:
+    shutil.copytree(lab.folder / "whole", lab.folder / "earlier")
+    folder = lab.only("earlier")
+    (folder / "result.json").unlink()
+    (path,) = folder.glob("students/copied_lr*/result.json")
+    kept = {name: value for name, value in json.loads(path.read_text()).items() if "teacher" not in name}
+    path.write_text(json.dumps({name: value for name, value in kept.items() if name not in ("agreement", "cka")}))
+    assert lab.main("earlier") == 0
+    lines = (folder / "report.md").read_text().splitlines()
+    (dashed,) = (line for line in lines if line.endswith("| - | - | - |"))
+    assert dashed.startswith("| student alone, from copied layers ")
+
+
 def test_a_finished_run_and_a_kept_teacher_train_nothing_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_lab.TextLab, "train", None)
     assert lab.main("whole") == 0
@@ -231,6 +266,8 @@ def test_real_documents_are_distilled(
         expose_attentions(teacher)
         text.train(fit, cfg.student, teacher)
         batch = next(iter(text.loader(fit, cfg.student)))
+        itself = text.scores(teacher, text.said(teacher, text.parts[2]))
+    assert (itself["agreement"], itself["kl_to_teacher"], itself["cka"]) == pytest.approx((100, 0, 100))
     line = json.loads((fit.folder / "metrics.jsonl").read_text())
     assert len(line) == 2 + 5 + 3 and all(map(math.isfinite, line.values()))  # logits, labels, matches; step, total, lr
     assert batch["labels"].shape == ((32, nclass) if name == "reuters" else (32,))

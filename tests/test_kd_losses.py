@@ -131,6 +131,21 @@ def test_nkd_is_least_where_the_student_agrees_within_the_rest() -> None:
     torch.testing.assert_close(s.grad, torch.zeros_like(t))
 
 
+def test_a_learned_temperature_of_nkd_sees_the_student_and_not_the_teacher_s_entropy() -> None:
+    s, t, y = logits(1, (B, K)).requires_grad_(), logits(2, (B, K)), labels()
+    settings = LossConfig(base="nkd", temperature=T)
+
+    def slopes(student: Tensor, learned: bool) -> tuple[Tensor, ...]:
+        tau = torch.full((1,), T, requires_grad=True)
+        loss = distillation_loss(student[..., None], t[..., None], y, settings, tau if learned else None)
+        return torch.autograd.grad(loss, (student, tau) if learned else (student,))
+
+    torch.testing.assert_close(slopes(s, True)[0], slopes(s, False)[0])
+    assert float(slopes(t.clone().requires_grad_(), True)[1]) == pytest.approx(
+        0, abs=1e-5
+    )  # nothing left to tell apart
+
+
 def planted() -> tuple[Tensor, Tensor]:
     """Two samples of class 0; the teacher says [0, 0, 1, 2, 0] and [1, 1, 2, 0, 3] in their regions."""
     said = torch.tensor([[0, 0, 1, 2, 0], [1, 1, 2, 0, 3]])

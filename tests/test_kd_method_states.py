@@ -39,7 +39,7 @@ from kd.methods.contrast import (
     partners,
     push,
 )
-from kd.methods.fidelity import ensemble_logits, fidelity, js_rows, linear_cka
+from kd.methods.fidelity import Said, ensemble_logits, fidelity, js_rows, linear_cka
 from kd.methods.probe import linear_probe
 from kd.methods.temperature import (
     Ctkd,
@@ -362,7 +362,9 @@ def test_last_batch_does_not_learn() -> None:
 
 def test_fidelity_of_a_pair() -> None:
     s, t, y = 2 * draw(40, K), 2 * draw(40, K, seed=1), torch.randint(K, (40,), generator=gen())
-    found = fidelity(s, t, y)
+    one, other = Said(s, draw(9, 4, seed=2)), Said(t, draw(9, 6, seed=3))
+    found = fidelity(one, other, y)
+    assert found.cka == pytest.approx(100 * linear_cka(one.rows, other.rows))
     p, q = s.softmax(1), t.softmax(1)
     assert found.agreement == pytest.approx(100 * float(np.mean(s.argmax(1).numpy() == t.argmax(1).numpy())))
     kl = torch.distributions.kl_divergence(*(torch.distributions.Categorical(probs=x) for x in (q, p)))
@@ -371,13 +373,21 @@ def test_fidelity_of_a_pair() -> None:
     sure, hit = p.max(1)[0].numpy(), (p.argmax(1) == y).numpy()
     gaps = [abs((sure[b] - hit[b]).sum()) for b in (np.ceil(sure * 15) == i for i in range(1, 16))]
     assert found.student.ece == pytest.approx(100 * sum(gaps) / 40)
+    back = fidelity(other, one, y)
+    assert (back.agreement, back.student, back.teacher) == (found.agreement, found.teacher, found.student)
+    assert (back.js, back.cka) == pytest.approx((found.js, found.cka)) and back.kl != found.kl
+    assert found.as_dict().keys() == {
+        "agreement", "kl_to_teacher", "js_to_teacher", "cka", "teacher_top1", "teacher_top5", "teacher_nll",
+        "teacher_ece",
+    }  # fmt: skip
     assert found.as_dict()["teacher_nll"] == found.teacher.nll
 
 
 def test_fidelity_of_a_network_to_itself_is_perfect() -> None:
-    z, y = draw(20, K), torch.zeros(20, dtype=torch.long)
-    found = fidelity(z, z, y)
+    own, y = Said(draw(20, K), draw(20, 3, seed=1)), torch.zeros(20, dtype=torch.long)
+    found = fidelity(own, own, y)
     assert (found.agreement, found.kl) == (100, 0)
+    assert found.cka == pytest.approx(100)
     assert found.js == pytest.approx(0, abs=1e-12)
     assert found.student == found.teacher
 
@@ -387,6 +397,8 @@ def test_kl_is_not_negative(seed: int) -> None:
     s, t = 10 * draw(50, K, seed=seed), 10 * draw(50, K, seed=seed + 100)
     assert (kl_rows(s, t, 1.0) > 0).all()
     assert kl_rows(s, s + 7, 1.0).abs().max() < 1e-12
+    near = s.float() + 1e-3 * t.float()
+    assert (kl_rows(near, s.float(), 1.0) > -1e-6).all()  # rounding
 
 
 def test_kl_is_not_negative_where_q_has_mass_outside_of_p() -> None:
@@ -415,6 +427,7 @@ def test_convex_functions_meet_jensen_and_lie_below_their_chords(name: str) -> N
         "exp": torch.exp, "square": torch.square, "negative log": lambda x: -x.log(), "p log p": lambda x: x * x.log()
     }[name]  # fmt: skip
     x, weights = 3 * draw(200, 6).abs() + 1e-3, draw(200, 6, seed=1).softmax(1)
+    weights[:6] = torch.eye(6)  # all on one, none on the others
     assert (f((weights * x).sum(1)) <= (weights * f(x)).sum(1) + 1e-12).all()
     v, w, t = x[:, 0], x[:, 1], weights[:, 0]
     inside = f(v + t * (w - v))

@@ -396,7 +396,7 @@ def test_any_size_is_taken_whatever_the_network_was_made_for(name: str) -> None:
 
 
 def test_names_are_checked() -> None:
-    with pytest.raises(ConfigError, match="network: 'resnet8X4' is not known; take resnet8x4, .*or torchvision:NAME"):
+    with pytest.raises(ConfigError, match="network 'resnet8X4' is not known; take resnet8x4, .*or torchvision:NAME"):
         build("resnet8X4_sdd")
     for wrong, right in (("wrn40_2", "wrn_40_2"), ("mobilenetv2", "MobileNetV2"), ("shufflev1", "ShuffleV1")):
         with pytest.raises(ConfigError, match=f"take {right}"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from kd.kd_batches import Batches
 from kd.kd_config import METHODS, OPTIONS, KdConfig
 from kd.kd_data import load_kd_data
 from kd.places import run_folder
-from kd.scoring import calibration_error, fit_temperature, score
+from kd.scoring import COLUMNS, calibration_error, fit_temperature, result_table, score
 from kd.student_run import StudentRun
 from kd.teacher import Teacher, teacher_file
 from scripts import fetch_teachers, sweep
@@ -232,6 +233,69 @@ def test_evaluation_of_a_checkpoint_gives_the_run_s_numbers(lab: Lab, capsys: py
     assert [float(cell) for cell in cells[1:]] == pytest.approx([found[name] for name in names], abs=0.006)
 
 
+def table(out: str) -> list[dict[str, str]]:
+    """Rows of a printed table by column."""
+    words = [re.split(r" {2,}", line.strip()) for line in out.splitlines() if line.strip()]
+    return [dict(zip(words[0], row, strict=True)) for row in words[2:]]
+
+
+def test_a_network_against_itself_agrees_in_all(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    file = lab.only("alone") / "student.safetensors"
+    more = (f"--checkpoint={file}", f"--against={file}", "DISTILLER.TEACHER=resnet8")
+    assert lab.within("unused", *more, program="evaluate") == 0
+    one, other = table(capsys.readouterr().out)
+    names = ("agreement", "KL to teacher", "JS to teacher", "CKA")
+    assert [one[name] for name in names] == ["100.00", "0.000", "0.000", "100.00"]
+    assert one["NLL"] == other["NLL"] and {other[name] for name in names} == {"-"}
+
+
+def test_a_student_against_its_teacher_is_as_faithful_as_its_run_says_on_two_ranks_as_well(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, found = lab.only("alone") / "student.safetensors", numbers(lab.only("alone"))
+    more = (f"--checkpoint={file}", f"--against={teacher_file(lab.config())}")
+    two = start([*torchrun(2), ROOT / "kd" / "evaluate.py", *lab.words("unused", *more)])
+    assert lab.within("unused", *more, program="evaluate") == 0
+    one, other = rows = table(capsys.readouterr().out)
+    digits = {"agreement": 2, "kl_to_teacher": 3, "js_to_teacher": 3, "cka": 2, "top1": 2}
+    assert [one[COLUMNS[name]] for name in digits] == [f"{found[name]:.{d}f}" for name, d in digits.items()]
+    assert other["top-1, last"] == f"{found['teacher_top1']:.2f}"
+    assert table(wait(two).out) == rows
+
+
+def test_a_file_to_compare_to_has_a_network_s_name(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("DISTILLER.TYPE=NONE", "DISTILLER.TEACHER=null", "--checkpoint=/no", "--against=/other")
+    assert lab.within("unused", *more, program="evaluate") == 2
+    said = capsys.readouterr().err
+    assert "AGAINST: /other is of DISTILLER.TEACHER, which is not set; name the network" in said.splitlines()[-1]
+
+
+def test_fidelity_of_takd_is_to_the_teacher_and_its_report_names_and_draws_its_mechanisms(lab: Lab) -> None:
+    chain = ("DISTILLER.TYPE=KD", "ASSISTANTS.NETWORKS=[resnet8x4]", "ASSISTANTS.DENSE=false")
+    assert lab.within("takd", *chain, "CTKD.START=4", "KCD.PERIOD=1") == 0
+    cfg = lab.config(*chain, "CTKD.START=4", "KCD.PERIOD=1", *lab.places("takd"))
+    found, of_teacher = numbers(run_folder(cfg)), numbers(lab.only("teacher"))
+    for name in ("top1", "top5", "nll", "ece"):
+        assert found[f"teacher_{name}"] == pytest.approx(of_teacher[name], rel=1e-4)
+    report = (run_folder(cfg) / "report.md").read_text()
+    first = report.split("\n\n")[1]
+    assert all(word in first for word in ("KD+CTKD+KCD", "ASSISTANTS resnet8x4", "TAKD", "resnet14"))
+    training = report[report.index("## Training") :]
+    assert all(f"images/{name}.png" in training for name in ("curves", "temperature", "samples"))
+    assert (run_folder(cfg) / "images" / "samples.png").exists()
+
+
+def test_accuracy_of_bingo_is_that_of_the_fitted_head_only(lab: Lab) -> None:
+    assert lab.within("bingo", "DISTILLER.TYPE=BINGO", "BINGO.QUEUE=50") == 0
+    found, folder = numbers(lab.only("bingo")), lab.only("bingo")
+    assert not {"best_top1", "best_epoch"} & found.keys() and {"top1", "agreement"} <= found.keys()
+    assert not any("top" in name or "best" in name for line in lines(folder) for name in line)
+    assert not (folder / "student_best.safetensors").exists() and (folder / "student.safetensors").exists()
+    assert "fitted to the labels at the end" in (folder / "report.md").read_text()
+    rows = result_table([("BINGO", found), ("KD", numbers(lab.only("alone")))])
+    assert rows.rows[0][rows.header.index("top-1, best")] == "-"
+
+
 class Waits(TorchDispatchMode):
     """Operations that a GPU's host would wait for."""
 
@@ -345,7 +409,7 @@ def test_seed_and_scales_have_folders_of_their_own(lab: Lab) -> None:
         ("SOLVER.EPOCH 5", ["SOLVER.EPOCH: unknown key; did you mean 'EPOCHS'?"], 2),
         ("--M '[2,4]'", ["command line: M: [2, 4] lacks 1", "add it"], 2),
         ("--M '[1;2]'", ["M: "], 2),
-        ("DISTILLER.STUDENT=resnet9", ["resnet9"], 1),
+        ("DISTILLER.STUDENT=resnet9", ["DISTILLER.STUDENT: network 'resnet9' is not known"], 2),
         ("COMPAT=sdd_nkd", ["COMPAT", "sdd_nkd", "base is kd"], 2),
         ("SOLVER.EPOCHS", ["'SOLVER.EPOCHS': expected section.key=value"], 2),
         ("DATASET.TYPE=imagenet", ["IN_MEMORY: true", "set IN_MEMORY: false"], 2),

@@ -32,6 +32,20 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def test_a_program_of_another_checkout_is_refused(tmp_path: Path) -> None:
+    for name in ("kd/train.py", "utils/launch.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "utils").rename(tmp_path / "moved")  # what is imported is of the installed checkout
+    words = [sys.executable, str(tmp_path / "kd" / "train.py"), "--help"]
+    assert subprocess.run(words, capture_output=True, check=False).returncode == 0
+    (tmp_path / "moved").rename(tmp_path / "utils")
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr == (
+        f"{words[1]}: it would import from {ROOT}: install this checkout (python -m pip install -e {tmp_path})\n"
+    )
+
+
 def plant_stranger(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Another `utils`, before ours on the path."""
     stranger = folder / "utils" / "__init__.py"

@@ -29,10 +29,10 @@ def listed(tmp_path: Path) -> Path:
         f"[experts] distill_feat/buffer.py\n"
         f"experts distill_feat/buffer/digits.yaml experts.seed=0 buffer_path={tmp_path}\n"
         "---\n"
-        "[students] kd/train.py\n"
-        f"kd kd/digits/kd.yaml SOLVER.EPOCHS={{1,2}} LOG.PREFIX={tmp_path}\n"
-        f"same kd/digits/kd.yaml SOLVER.EPOCHS=2 LOG.PREFIX={tmp_path}\n"
-        f"all kd/digits/kd.yaml EXPERIMENT.TAG=of_SEEDS SOLVER.EPOCHS=3 LOG.PREFIX={tmp_path}\n"
+        f"[students] kd/train.py LOG.PREFIX={tmp_path}\n"
+        "kd kd/digits/kd.yaml SOLVER.EPOCHS={1,2}\n"
+        "same kd/digits/kd.yaml SOLVER.EPOCHS=2\n"
+        "all kd/digits/kd.yaml EXPERIMENT.TAG=of_SEEDS SOLVER.EPOCHS=3\n"
     )
     return file
 
@@ -45,6 +45,7 @@ def test_braces_multiply_seeds_multiply_and_every_run_stands_once(listed: Path) 
         ("kd SOLVER.EPOCHS=1", 5, 1), ("kd SOLVER.EPOCHS=2", 5, 1),
     ]  # fmt: skip
     assert [run.cfg.SEED for run in runs[1:]] == [4, 4, 4, 5, 5]
+    assert all(listed.parent == run.cfg.LOG.PREFIX for run in runs[1:])
     assert runs[3].cfg.EXPERIMENT.TAG == "of_4,5" and runs[2].cfg.SOLVER.EPOCHS == 2
 
 

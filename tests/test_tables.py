@@ -1,13 +1,16 @@
 """Tables of results are what the numbers behind them say, and every one has numbers behind it."""
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from config import ConfigError
-from scripts.table import check, collect, collected, is_number, main, records_of, tables_of
+from scripts import sweep
+from scripts.table import Column, cell, check, collect, collected, is_number, main, records_of, tables_of
 from utils.run_folder import REPOSITORY
 
 MANIFEST = """
@@ -89,6 +92,35 @@ def test_a_column_may_count_and_may_be_of_other_runs(root: Path) -> None:
     edit(root / "README.md", " | 2 |\n| random", " | 2 | 5 |\n| random")
     edit(root / "README.md", "| | 2 |", "| | 2 | 4 |")
     assert check(root) == []
+
+
+def test_a_difference_pairs_the_runs_of_a_seed(tmp_path: Path) -> None:
+    scores = {"ours": {0: 82.0, 1: 85.0, 2: 81.0}, "theirs": {2: 80.0, 1: 83.0, 0: 81.0, 3: 99.0}}
+    runs = [(name, seed, value) for name, some in scores.items() for seed, value in some.items()]
+    for name, seed, value in runs:
+        folder = tmp_path / f"{name}_seed{seed}_{abs(hash(name)):x}"
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps({"top1": value}))
+    collect(tmp_path / "results.jsonl", [*tmp_path.glob("*_seed*")])
+    records, column = (
+        records_of(tmp_path / "results.jsonl"),
+        Column(title="gain", score="top1", over="*/theirs_*", digits=2),
+    )
+    error = np.std([1, 2, 1], ddof=1) / 3**0.5
+    assert cell(records, "*/ours_*", "", column) == f"+1.33 ± {error:.2f}"
+    with pytest.raises(ConfigError, match="none has seed 3"):
+        cell(records, "*/theirs_*", "", Column(title="gain", score="top1", over="*/ours_*"))
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar100_small"])
+def test_every_run_of_the_comparison_of_methods_is_in_one_row_of_its_table(data: str) -> None:
+    runs = sweep.read_sweep(REPOSITORY / "config" / "kd" / "manifests" / f"compare_{data}.txt", [0], [])
+    names = ["/".join(run.folder.parts[-4:]) for run in runs if run.origin != "teacher"]
+    tables = yaml.safe_load((REPOSITORY / "kd" / "tables.yaml").read_text())
+    own = [row["runs"] for row in tables[f"kd-compare-{data.removesuffix('_small')}"]["rows"]]
+    assert [sum(fnmatchcase(name, row) for row in own) for name in names] == [1] * len(names) == [1] * len(own)
+    others = [row["runs"] for row in tables["kd-digits"]["rows"]]
+    assert not any(fnmatchcase(name, row) for name in names for row in others)
 
 
 @pytest.mark.parametrize(

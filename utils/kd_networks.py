@@ -240,18 +240,24 @@ PLAIN: list[Any] = [
 ]  # fmt: skip
 
 
+def known_network(name: str) -> str:
+    """A name that `kd_network` takes. Raises ConfigError for another, with those that are near."""
+    short = name.removesuffix("_sdd")
+    if ":" not in short and short not in PUBLISHED:
+        lower = {known.lower(): known for known in NETWORKS}
+        near = [lower[found] for found in difflib.get_close_matches(short.lower(), lower)] or NETWORKS
+        raise ConfigError(
+            f"network '{short}' is not known; take {', '.join(near)}, or torchvision:NAME or package.module:factory"
+        )
+    return name
+
+
 def kd_network(name: str, nclass: int, channels: int, size: int, seed: int, purpose: str, *ids: int) -> ImageNetwork:
     """A fresh network for images [channels, size, size], its weights drawn from the stream (seed, purpose, ids...).
 
     `name`: one of NETWORKS, torchvision:NAME or package.module:factory; a last `_sdd` is ignored. Raises ConfigError.
     """
-    name = name.removesuffix("_sdd")
-    if ":" not in name and name not in PUBLISHED:
-        lower = {known.lower(): known for known in NETWORKS}
-        near = [lower[found] for found in difflib.get_close_matches(name.lower(), lower)] or NETWORKS
-        raise ConfigError(
-            f"network: '{name}' is not known; take {', '.join(near)}, or torchvision:NAME or package.module:factory"
-        )
+    name = known_network(name).removesuffix("_sdd")
     if name.startswith("vgg") and size < SMALLEST_VGG:
         raise ConfigError(f"network: {name} needs images of {SMALLEST_VGG} pixels, these have {size}: enlarge them")
     with torch.random.fork_rng():

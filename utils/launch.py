@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 MAX_THREADS = 4  # more threads do not help the small networks of one process, more ranks do
 
@@ -11,8 +12,12 @@ MAX_THREADS = 4  # more threads do not help the small networks of one process, m
 def prepare() -> None:
     """Set thread count, passive waiting and the allocator for this process; the user's own settings win.
 
-    Ctrl-C ends the process without a traceback until the program can save something (utils.stopping).
+    Ctrl-C ends the process without a traceback until the program can save something (utils.stopping). A program whose
+    imports come from another checkout ends here: it would read and write there.
     """
+    own, here = Path(sys.argv[0]).resolve().parent.parent, Path(__file__).resolve().parents[1]
+    if own != here and (own / "utils" / "launch.py").exists():
+        sys.exit(f"{sys.argv[0]}: it would import from {here}: install this checkout (python -m pip install -e {own})")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if "torch" in sys.modules:
         raise RuntimeError("utils.launch.prepare() must run before torch is imported")

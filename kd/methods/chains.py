@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
 from config import Section
+from utils.kd_networks import known_network
 from utils.losses import kl_rows, masked_mean
 
 
@@ -19,6 +20,12 @@ class Assistants(Section):
     NETWORKS: tuple[str, ...] = ()
     DENSE: bool = True  # every larger network teaches (DGKD), else only the next larger (TAKD)
     DROP: int = Field(1, ge=0)  # teachers left out at random in a step, never all
+
+    @field_validator("NETWORKS")
+    @classmethod
+    def networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Networks that exist."""
+        return tuple(map(known_network, value))
 
 
 class Dlb(Section):

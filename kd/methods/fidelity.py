@@ -6,7 +6,7 @@ where the sums run over P > 0, so that Q's may be less than 1; equal only for P 
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,20 +16,34 @@ from utils.losses import kl_rows, widened
 
 
 @dataclass(frozen=True)
+class Said:
+    """What a network says of samples: logits [N, K], and what its head reads [n, D] of some of them, for CKA."""
+
+    logits: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
 class Fidelity:
-    """Of a pair on the same samples: agreement in percent, KL of teacher to student and JS in nats, scores of both."""
+    """Of a pair on the same samples: agreement and CKA in percent, KL of teacher to student and JS in nats, scores."""
 
     agreement: float
     kl: float
     js: float
+    cka: float
     student: Score
     teacher: Score
 
+    @property
+    def pair(self) -> dict[str, float]:
+        """Name -> value of what both together give, as results have it."""
+        return {
+            "agreement": self.agreement, "kl_to_teacher": self.kl, "js_to_teacher": self.js, "cka": self.cka,
+        }  # fmt: skip
+
     def as_dict(self) -> dict[str, float]:
-        """Name -> value; the scores' names with whose they are, as `student_nll`."""
-        pairs = {"student": self.student, "teacher": self.teacher}
-        scores = {f"{who}_{name}": value for who, of in pairs.items() for name, value in asdict(of).items()}
-        return {"agreement": self.agreement, "kl": self.kl, "js": self.js} | scores
+        """What a student's result says beside its own scores: of the pair, and, as `teacher_nll`, of the teacher."""
+        return self.pair | {f"teacher_{name}": value for name, value in self.teacher.as_dict().items()}
 
 
 def js_rows(a: Tensor, b: Tensor) -> Tensor:
@@ -39,13 +53,13 @@ def js_rows(a: Tensor, b: Tensor) -> Tensor:
     return (kl_rows(middle, log_a, 1.0) + kl_rows(middle, log_b, 1.0)) / 2
 
 
-def fidelity(student: Tensor, teacher: Tensor, labels: Tensor) -> Fidelity:
-    """All numbers of logits [N, K] of a student and any teacher, labels [N]; means over samples, at T = 1."""
-    s, t = student.double(), teacher.double()
+def fidelity(student: Said, teacher: Said, labels: Tensor) -> Fidelity:
+    """All numbers of two networks that saw the same samples, labels [N]; means over samples, at T = 1."""
+    s, t = student.logits.double(), teacher.logits.double()
     same = (s.argmax(1) == t.argmax(1)).double().mean()
     return Fidelity(
-        100 * float(same), float(kl_rows(s, t, 1.0).mean()), float(js_rows(s, t).mean()), score(s, labels),
-        score(t, labels),
+        100 * float(same), float(kl_rows(s, t, 1.0).mean()), float(js_rows(s, t).mean()),
+        100 * linear_cka(student.rows, teacher.rows), score(s, labels), score(t, labels),
     )  # fmt: skip
 
 

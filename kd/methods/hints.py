@@ -18,6 +18,7 @@ class FitNet(Section):
 
     WEIGHT: float = Field(100.0, ge=0)
     BLOCK: int = Field(2, ge=1)
+    RELU: bool = True  # what is regressed is rectified, as the teacher's maps are; WRN's are not
 
 
 class At(Section):
@@ -40,7 +41,10 @@ class Vid(Section):
 
 
 class Review(Section):
-    """Knowledge review over all blocks and the pooled features; weights of published pairs go from 0.6 to 8."""
+    """Knowledge review over all blocks and the pooled features; weights of published pairs go from 0.6 to 8.
+
+    Maps are those that the next block reads, of both networks; the public code takes the teacher's before their ReLU.
+    """
 
     WEIGHT: float = Field(1.0, ge=0)
     WIDTH: int = Field(64, ge=1)  # of the fused maps: 64 for the ResNets of CIFAR, else the student's widest up to 512

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from config import ConfigError, Section
-from utils.losses import squared, widened
+from utils.losses import widened
 
 
 class Ickd(Section):
@@ -89,18 +89,17 @@ def ickd_loss(student: Tensor, teacher: Tensor, grid: int = 1) -> Tensor:
 
 
 def dist_loss(
-    student: Tensor, teacher: Tensor, temperature: float | Tensor = 4.0, inter: float = 1.0, intra: float = 1.0
+    student: Tensor, teacher: Tensor, temperature: float = 4.0, inter: float = 1.0, intra: float = 1.0
 ) -> Tensor:
     """T^2 (inter (1 - mean row correlation) + intra (1 - mean column correlation)) of softmax(z / T), logits [B, K].
 
     [] (Huang et al., NeurIPS 2022). Variances are of K p and gain 1e-6: at a uniform student a row's |gradient| is
-    1e3 T / sqrt(K) (as published, 1e-8 beside the product of norms, 3.5e6 at K = 5). For one row, intra is 1. T may be
-    [B, 1], of samples; columns then count with the mean of T^2.
+    1e3 T / sqrt(K) (as published, 1e-8 beside the product of norms, 3.5e6 at K = 5). For one row, intra is 1. T is a
+    number: distances of correlations do not fall with T, so that T^2 of a learned one would run away.
     """
     p_s, p_t = (z.shape[-1] * (widened(z) / temperature).softmax(-1) for z in (student, teacher))
-    rows, columns = (1 - pearson(p_s, p_t, 1e-6, dim) for dim in (1, 0))
-    square = torch.as_tensor(squared(temperature))
-    return inter * (square * rows).mean() + intra * square.mean() * columns.mean()
+    rows, columns = (1 - pearson(p_s, p_t, 1e-6, dim).mean() for dim in (1, 0))
+    return temperature**2 * (inter * rows + intra * columns)
 
 
 def rkd_loss(student: Tensor, teacher: Tensor, distance: float = 25.0, angle: float = 50.0) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from config import ConfigError
 from kd.losses import LossConfig, distillation_loss
 from kd.methods import contrast, hints, relations, rotations, transformer
 from kd.methods.chains import Dlb, LastBatch, last_batch_loss
@@ -105,9 +106,8 @@ class DistTerm(Term):
 
     def forward(self, seen: Seen) -> Tensor:
         """`dist_loss`."""
-        learned = seen.temperature
-        t = self.s.TEMPERATURE if learned is None else learned[:, None]
-        return relations.dist_loss(seen.student.logits, seen.teacher.logits, t, self.s.INTER, self.s.INTRA)
+        s = self.s
+        return relations.dist_loss(seen.student.logits, seen.teacher.logits, s.TEMPERATURE, s.INTER, s.INTRA)
 
 
 class RowsTerm(Term):
@@ -174,8 +174,12 @@ class TatTerm(Term):
     reads_maps = True
 
     def __init__(self, s: transformer.Tat, student: Shapes, teacher: Shapes) -> None:
+        """Raises ConfigError for an anchor that is larger than the maps."""
         super().__init__(s.WEIGHT)
         self.s, own, said = s, student.maps[-1][0], teacher.maps[-1][0]
+        side = min(*student.maps[-1][1:], *teacher.maps[-1][1:])
+        if s.CELLS > 1 and side < s.ANCHOR:
+            raise ConfigError(f"TAT.ANCHOR: {s.ANCHOR}, but the last maps have {side} pixels a side; take at most that")
         self.aware: nn.Module = (
             transformer.TargetAware(own, said, s.KERNEL) if s.CELLS == 1
             else transformer.HierarchicalTargetAware(own, said, s.KERNEL, s.CELLS, s.GROUPS, s.ANCHOR)
