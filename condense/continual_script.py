@@ -148,7 +148,7 @@ def write(cfg: ContinualConfig, run: RunFolder) -> None:
     atomic_write(run.folder / "report.json", json.dumps({"rows": found}, indent=1).encode())
     picture = run.folder / "images" / "accuracy.png"
     series = {NAMES[row]: [(classes, mean) for classes, mean, _ in line] for row, line in found.items()}
-    loss_curve(picture, series, "classes so far", "accuracy")
+    loss_curve(picture, series, "classes so far", "accuracy", same_scale=True)
     title = f"{cfg.data_name}, {cfg.condense.ipc} samples per class kept, {cfg.continual.stages} stages."
     blocks: list[Block] = [Paragraph(title), table(cfg, run), Picture(picture, "accuracy on the classes so far")]
     write_report(run.folder, f"Class-incremental learning: {cfg.data_name}", blocks)

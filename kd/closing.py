@@ -158,7 +158,7 @@ def write_files(run: StudentRun, result: dict[str, float], group: Sequence[Stude
     if others := [other for other in group if other is not run][: PANELS - 1]:
         beside = images / "beside.png"
         shown = {one.label: [(int(x["epoch"]), x["test_top1"]) for x in one.folder.metrics()] for one in (run, *others)}
-        loss_curve(beside, shown, "epoch", "test_top1")
+        loss_curve(beside, shown, "epoch", "test_top1", same_scale=True)
         blocks += [Heading("Beside the runs of its group"), Picture(beside, "test_top1 by epoch")]
     write_report(folder, run.label, blocks)
     log.info(f"{run.label}: " + ", ".join(f"{name} {value}" for name, value in rows))

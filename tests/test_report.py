@@ -6,9 +6,11 @@ from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from condenser.synthetic_set import SyntheticSet
 from config import add_args_from_yaml, nested
@@ -181,6 +183,16 @@ def test_loss_curve_is_a_png_with_one_panel_for_each_series(tmp_path: Path) -> N
         assert data.startswith(b"\x89PNG\r\n\x1a\n")
         heights.append(int.from_bytes(data[20:24]))  # of the IHDR chunk
     assert heights[1] > 2 * heights[0]
+
+
+def test_panels_of_one_quantity_have_one_scale(tmp_path: Path) -> None:
+    series, row = {"low": [(0, 1.0), (9, 2.0)], "high": [(0, 80.0), (9, 90.0)]}, []
+    for same in (False, True):
+        loss_curve(tmp_path / "curves.png", series, "epoch", "accuracy", same_scale=same)
+        picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
+        blue = (picture[..., 2] - picture[..., 0] > 100).nonzero()[0]  # the lines' pixels
+        row.append(np.ptp(blue[blue < len(picture) // 2]))
+    assert row[1] < row[0] / 10  # 1 to 2 is nearly flat beside 90
 
 
 def test_markdown_reads_back_as_the_blocks_it_was_written_from(tmp_path: Path, blocks: list[Block]) -> None:

@@ -257,8 +257,10 @@ def draw_scores(path: Path, scores: Mapping[str, Sequence[float]], xlabel: str) 
     atomic_write(path, image.getvalue())
 
 
-def loss_curve(path: Path, series: Mapping[str, Sequence[tuple[int, float]]], xlabel: str, ylabel: str) -> None:
-    """Draw (step, value) series as a PNG, a panel each (their scales differ) over one shared step axis."""
+def loss_curve(
+    path: Path, series: Mapping[str, Sequence[tuple[int, float]]], xlabel: str, ylabel: str, same_scale: bool = False
+) -> None:
+    """Draw (step, value) series as a PNG, a panel each over one shared step axis; of one quantity, on one scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -266,7 +268,7 @@ def loss_curve(path: Path, series: Mapping[str, Sequence[tuple[int, float]]], xl
     figure = Figure(figsize=(7.5, 0.6 + 1.7 * len(series)), dpi=130)
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)  # inches
     canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(series), 1, sharex=True, sharey=same_scale, squeeze=False)[:, 0]
     for panel, (name, points) in zip(panels, series.items(), strict=True):
         steps, values = [step for step, _ in points], [value for _, value in points]
         panel.plot(
