@@ -67,6 +67,8 @@ def evaluate(resolved: Resolved[EvaluateConfig], command: CommandLine) -> None:
         if cfg.AGAINST:
             teacher = Teacher(cfg.DISTILLER.TEACHER or "", cfg.AGAINST, data, False, world.device)
             nets[f"against {cfg.AGAINST.name}"] = teacher.net
+        if "command line" in resolved.sources.get("DATASET.VAL_FRACTION", ""):
+            log.info("a temperature is fitted to images held out here: fair only if the run held out the same")
         if not data.held_out:
             log.info("no temperature is fitted: DATASET.VAL_FRACTION is 0")
         rows, every = [], []

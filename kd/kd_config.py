@@ -30,6 +30,14 @@ TERMS = (
     "BINGO", "HSAKD", "HSAKD_TEACHER",
 )  # fmt: skip
 ALONE = ("NONE", "BINGO", "HSAKD", "HSAKD_TEACHER")
+# What stands beside a method, and how.
+BESIDE = {
+    "CTKD": "set any key of it, as in CTKD.START=4, or CTKD={}",
+    "KCD": "set any key of it, as in KCD.PERIOD=10, or KCD={}",
+    "TAKD": "set ASSISTANTS.NETWORKS=[NAME] ASSISTANTS.DENSE=false",
+    "DGKD": "set ASSISTANTS.NETWORKS=[NAME]",
+    "ASSISTANTS": "set ASSISTANTS.NETWORKS=[NAME]",
+}
 UNTAUGHT = ("NONE", "DLB", "HSAKD_TEACHER")  # without a teacher
 VIEWS: dict[str, Views] = {"DLB": "twice", "HSAKD": "turned", "HSAKD_TEACHER": "turned", "BINGO": "bags"}
 BASES: dict[str, Base] = {"NONE": "kd", "KD": "kd", "DKD": "dkd", "NKD": "nkd"}
@@ -113,6 +121,8 @@ class Distiller(Section):
         """Methods that exist, and that can be added up."""
         parts = value.split("+")
         for part in parts:
+            if part in BESIDE:
+                raise ValueError(f"{part} is no TYPE but stands beside one: {BESIDE[part]}")
             if part not in METHODS + TERMS:
                 raise ValueError(f"no method '{part}'{nearest(part, METHODS + TERMS)}")
         several = len(parts) > 1

@@ -69,6 +69,15 @@ def hint(cfg: KdConfig, classes: int) -> str:
     )
 
 
+def stages_hint(cfg: KdConfig) -> str:
+    """A line where no stage of the learning rate's decay lies within the run, else nothing."""
+    s = cfg.SOLVER
+    if not s.LR_DECAY_STAGES or min(s.LR_DECAY_STAGES) < s.EPOCHS:
+        return ""
+    stages = ", ".join(f"{stage:g}" for stage in s.LR_DECAY_STAGES)
+    return f"SOLVER.LR_DECAY_STAGES: {stages}, but the run ends after epoch {s.EPOCHS}: the learning rate never falls"
+
+
 def needs(cfg: KdConfig) -> list[str]:
     """Lines on the teacher's file, or where it is missing, and on the runs of the assistants."""
     lines = [f"before it: {run_folder(link)}" for link in links(cfg)[:-1]]
@@ -121,7 +130,7 @@ def train_left(left: list[tuple[KdConfig, RunFolder]], world: World, flag: StopF
         if world.main:
             remedy = "start again with --overwrite, or name the teacher it was begun with as DISTILLER.TEACHER_PATH"
             claim(folder.folder, origin | (said if cfg.distils else {}), remedy)
-        if line := hint(cfg, len(data.classes)):
+        for line in filter(None, (hint(cfg, len(data.classes)), stages_hint(cfg))):
             log.info(line)
         runs.append(StudentRun(cfg, folder, data, batches, teachers, world, heads))
     wanted = [run.regions for run in runs if run.teachers]

@@ -141,7 +141,7 @@ def collected(folder: Path) -> list[Record]:
             numbers = {f"{numbers['classes']} classes": numbers["accuracy"]}
         for score, value in numbers.items():
             if isinstance(value, (int, float)):
-                found.setdefault(row, {}).setdefault(score, []).append(round(value, 6))
+                found.setdefault(row, {}).setdefault(score, []).append(round(float(value), 6))
 
     own = json.loads((folder / RESULT).read_text())
     files = sorted([*folder.glob("students/*.json"), *folder.glob(f"students/*/{RESULT}")])
@@ -173,9 +173,14 @@ def sample(records: Sequence[Record], runs: str, row: str, score: str) -> list[f
 
 
 def by_seed(records: Sequence[Record], runs: str, row: str, score: str) -> dict[str, float]:
-    """Seed -> the number of its run, as the run's name has the seed. Raises ConfigError where there is none."""
-    found = [(m[1], r) for r in records if fnmatchcase(r.run, runs) and (m := SEED.search(r.run))]
-    return {seed: sample([record], runs, row, score)[0] for seed, record in found}
+    """Seed -> the number of its run, as the run's name has the seed. Raises ConfigError for none, or two of a seed."""
+    found: dict[str, Record] = {}
+    for record in records:
+        if fnmatchcase(record.run, runs) and (match := SEED.search(record.run)):
+            if match[1] in found:
+                raise ConfigError(f"two runs of one seed: {found[match[1]].run} and {record.run}: remove one's records")
+            found[match[1]] = record
+    return {seed: sample([record], runs, row, score)[0] for seed, record in found.items()}
 
 
 def cell(records: Sequence[Record], runs: str, row: str, column: Column) -> str:

@@ -65,7 +65,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab.file.write_text(yaml.safe_dump(short))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("export_student", "loss_curve", "write_report"):
-            patch.setattr(closing, name, lambda *_: None)
+            patch.setattr(closing, name, lambda *_, **__: None)
         more = ("DATASET.PER_CLASS=40", "SOLVER.BATCH_SIZE=32", "SOLVER.EPOCHS=4", "SOLVER.LR=0.1")
         assert lab.within("teacher", *TEACHER, *more) == 0
         assert numbers(lab.only("teacher"))["top1"] > 50
@@ -709,6 +709,8 @@ def test_a_student_is_its_own_faithful_copy(lab: Lab) -> None:
     [
         ("DISTILLER.TYPE=KD+DKD", ["KD+DKD cannot be added up", "at most one"], 2),
         ("DISTILLER.TYPE=KD+KD", ["cannot be added up"], 2),
+        ("DISTILLER.TYPE=KD+CTKD", ["CTKD is no TYPE", "CTKD.START=4"], 2),
+        ("DISTILLER.TYPE=TAKD", ["TAKD is no TYPE", "ASSISTANTS.DENSE=false"], 2),
         ("DISTILLER.TYPE=KD+BINGO", ["BINGO", "alone"], 2),
         ("DISTILLER.TYPE=KD+REVIEWKDD", ["no method 'REVIEWKDD'", "did you mean 'REVIEWKD'?"], 2),
         ("DISTILLER.TYPE=CRD CTKD.START=4", ["CTKD: no temperature of CRD can be learned", "add KD"], 2),

@@ -110,6 +110,17 @@ def test_a_difference_pairs_the_runs_of_a_seed(tmp_path: Path) -> None:
     assert cell(records, "*/ours_*", "", column) == f"+1.33 ± {error:.2f}"
     with pytest.raises(ConfigError, match="none has seed 3"):
         cell(records, "*/theirs_*", "", Column(title="gain", score="top1", over="*/ours_*"))
+    twice = [*records, records[0]._replace(run=f"{records[0].run}b")]
+    with pytest.raises(ConfigError, match="two runs of one seed"):
+        cell(twice, "*/ours_*", "", column)
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*/results.jsonl")), ids=lambda path: path.parent.name)
+def test_collecting_leaves_the_records_of_other_runs_as_they_are(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "results.jsonl"
+    copy.write_bytes(path.read_bytes())
+    collect(copy, [])
+    assert copy.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar100_small"])

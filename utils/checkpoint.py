@@ -56,7 +56,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] |
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file. Raises ConfigError for a damaged or foreign one."""
+    """Read a safetensors file. Raises ConfigError for none, a damaged or foreign one."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file")
     try:
         return load_file(path, device=str(device))
     except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:  # also a type unknown to torch
