@@ -111,11 +111,6 @@ class Teacher:
         rows = self.net.join(last)
         return {key: Pass(regions_of(self.net, last, key), rows, kept) for key in set(wanted)}
 
-    @torch.no_grad()
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits [B, K] of inputs."""
-        return self.net(x).logits
-
 
 class KeptLogits:
     """A teacher's region logits of n fixed views of every training image, in float16 [n, N, K, R].

@@ -32,7 +32,7 @@ from utils.dry_run import print_values
 from utils.init_script import init_script
 from utils.program import leave, run_group
 from utils.report import plain_table
-from utils.run_folder import REPOSITORY, RunFolder, claim, log
+from utils.run_folder import REPOSITORY, RESULT, RunFolder, claim, log
 from utils.stopping import StopFlag, stop_flag
 
 
@@ -100,6 +100,8 @@ def train(every: list[Resolved[KdConfig]], command: CommandLine) -> None:
                 print("\n".join(needs(resolved.config)))
         return
     first = configs[0]
+    if to_do := [cfg for cfg in configs if cfg.distils and not (run_folder(cfg) / RESULT).exists()]:
+        teacher_file(to_do[0])  # before a folder is made
     with init_script(command.gpu, first.tf32, first.SEED, any(c.debug for c in configs)) as world, stop_flag() as flag:
         for group in [[link] for link in links(first)[:-1]] + [configs]:
             wait = None if group is configs else flag  # runs may share an assistant

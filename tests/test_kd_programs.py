@@ -221,7 +221,7 @@ def test_the_export_gives_the_student_s_logits_without_our_code(lab: Lab, tmp_pa
     data = load_kd_data(lab.config().DATASET)
     teacher = Teacher("resnet8", lab.only("alone") / "student.safetensors", data, False, torch.device("cpu"))
     x = data.train.normaliser(torch.linspace(0, 1, 3 * 256).view(3, 1, 16, 16))
-    assert torch.allclose(torch.load(tmp_path / "y.pt"), teacher.logits(x), atol=1e-5)
+    assert torch.allclose(torch.load(tmp_path / "y.pt"), teacher.net(x).logits, atol=1e-5)
 
 
 def test_evaluation_of_a_checkpoint_gives_the_run_s_numbers(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
@@ -425,6 +425,11 @@ def test_a_mistake_is_one_line_with_its_remedy(
     assert lab.within("mistakes", *shlex.split(more)) == status
     line = capsys.readouterr().err.splitlines()[-1]
     assert all(part in line for part in parts), line
+
+
+def test_without_its_teacher_a_run_makes_no_folder(lab: Lab) -> None:
+    assert lab.within("nothing", "DISTILLER.TEACHER_PATH=/no/such.pth") == 1
+    assert not (lab.folder / "nothing").exists()
 
 
 @pytest.mark.parametrize(
