@@ -40,29 +40,43 @@ def rows_of(
     return all_logits(read, len(which), cfg.DATASET.TEST.BATCH_SIZE, world)
 
 
-def said_of(
+def logits_of(
     net: ImageNetwork, data: KdData, part: ImageSet, cfg: KdConfig, world: World, bf16: bool = False
-) -> Said | None:
-    """What a network says of the centres of a part of the images, on the CPU of rank 0; `bf16`: its logits' autocast.
-
-    Rows for CKA are of CKA_IMAGES at most, all over the part. All ranks together.
-    """
+) -> Tensor | None:
+    """A network's logits [N, K] of the centres of a part of the images, on the CPU of rank 0; `bf16`: by autocast."""
 
     def read(which: Tensor) -> Tensor:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             return net(data.test_input(part, which, world.device)).logits
 
-    some = torch.linspace(0, len(part) - 1, min(len(part), CKA_IMAGES)).long()
-    logits = all_logits(read, len(part), cfg.DATASET.TEST.BATCH_SIZE, world)
-    rows = rows_of(net, data, part, some, cfg, world)
+    return all_logits(read, len(part), cfg.DATASET.TEST.BATCH_SIZE, world)
+
+
+def said_of(net: ImageNetwork, data: KdData, cfg: KdConfig, world: World, bf16: bool = False) -> Said | None:
+    """What a network says of the test images, on rank 0; rows for CKA are of CKA_IMAGES at most, all over them."""
+    some = torch.linspace(0, len(data.test) - 1, min(len(data.test), CKA_IMAGES)).long()
+    logits = logits_of(net, data, data.test, cfg, world, bf16)
+    rows = rows_of(net, data, data.test, some, cfg, world)
     return None if logits is None or rows is None else Said(logits, rows)
+
+
+def tested(
+    net: ImageNetwork, data: KdData, cfg: KdConfig, world: World, bf16: bool = False
+) -> tuple[Said, dict[str, float]] | None:
+    """What a network says of the test images and its final scores, on rank 0. All ranks together."""
+    own = said_of(net, data, cfg, world, bf16)
+    held = logits_of(net, data, data.held_out, cfg, world, bf16) if data.held_out else None
+    if own is None:
+        return None
+    fitted = (held, data.held_out.labels) if held is not None and data.held_out else None
+    return own, final_scores(own.logits, data.test.labels, fitted)
 
 
 def finish_all(runs: Sequence[StudentRun], teacher: Teacher | None) -> list[tuple[str, dict[str, float]]]:
     """Names and numbers of runs whose DISTILLER.TEACHER it is, whoever taught them. All ranks together."""
     said = None
     if teacher and runs:
-        said = said_of(teacher.net, runs[0].data, runs[0].data.test, runs[0].cfg, runs[0].world)
+        said = said_of(teacher.net, runs[0].data, runs[0].cfg, runs[0].world)
     return [(run.label, finish(run, said, runs)) for run in runs]
 
 
@@ -84,14 +98,9 @@ def finish(run: StudentRun, said: Said | None, group: Sequence[StudentRun]) -> d
     cfg, data = run.cfg, run.data
     if cfg.views == "bags":
         fit_head(run)
-    own, held = (
-        said_of(run.net, data, part, cfg, run.world, cfg.SOLVER.AMP) if part else None
-        for part in (data.test, data.held_out)
-    )
     result: dict[str, float] = {}
-    if own:
-        fitted = (held.logits, data.held_out.labels) if held and data.held_out else None
-        result = final_scores(own.logits, data.test.labels, fitted)
+    if found := tested(run.net, data, cfg, run.world, cfg.SOLVER.AMP):
+        own, result = found
         if said and cfg.distils:
             result |= fidelity(own, said, data.test.labels).as_dict()
         if cfg.views != "bags":  # whose head is fitted at the end

@@ -19,11 +19,11 @@ import torch
 from pydantic import model_validator
 
 from config import CommandLine, LocalPath, Option, Resolved
-from kd.closing import said_of
+from kd.closing import tested
 from kd.kd_config import KdConfig
 from kd.kd_data import load_kd_data
 from kd.methods.fidelity import fidelity
-from kd.scoring import final_scores, result_table
+from kd.scoring import result_table
 from kd.teacher import Teacher
 from utils.dry_run import print_values
 from utils.init_script import init_script
@@ -67,21 +67,16 @@ def evaluate(resolved: Resolved[EvaluateConfig], command: CommandLine) -> None:
         if cfg.AGAINST:
             teacher = Teacher(cfg.DISTILLER.TEACHER or "", cfg.AGAINST, data, False, world.device)
             nets[f"against {cfg.AGAINST.name}"] = teacher.net
-        if "command line" in resolved.sources.get("DATASET.VAL_FRACTION", ""):
-            log.info("a temperature is fitted to images held out here: fair only if the run held out the same")
-        if not data.held_out:
+        if data.held_out:
+            log.info("a temperature is fitted to what DATASET.VAL_FRACTION holds out: fair only if the run held it out")
+        else:
             log.info("no temperature is fitted: DATASET.VAL_FRACTION is 0")
-        rows, every = [], []
-        for name, one in nets.items():
-            said, held = (said_of(one, data, p, cfg, world) if p else None for p in (data.test, data.held_out))
-            if said:
-                fitted = (held.logits, data.held_out.labels) if held and data.held_out else None
-                rows.append((name, final_scores(said.logits, data.test.labels, fitted)))
-                every.append(said)
-        if len(every) > 1:
-            rows[0][1].update(fidelity(every[0], every[1], data.test.labels).pair)
-        if rows:
-            print(plain_table(result_table(rows)))
+        found = {name: result for name, one in nets.items() if (result := tested(one, data, cfg, world))}
+        if found:
+            (own, scores), *others = found.values()
+            for other, _ in others:
+                scores.update(fidelity(own, other, data.test.labels).pair)
+            print(plain_table(result_table([(name, numbers) for name, (_, numbers) in found.items()])))
 
 
 TAKES = (EvaluateConfig, OPTIONS)

@@ -180,6 +180,8 @@ def by_seed(records: Sequence[Record], runs: str, row: str, score: str) -> dict[
             if match[1] in found:
                 raise ConfigError(f"two runs of one seed: {found[match[1]].run} and {record.run}: remove one's records")
             found[match[1]] = record
+    if not found:
+        raise ConfigError(f"no records of runs '{runs}' with a seed in their name")
     return {seed: sample([record], runs, row, score)[0] for seed, record in found.items()}
 
 

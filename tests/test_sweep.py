@@ -15,6 +15,7 @@ from config import ConfigError
 from scripts import slots, sweep
 from scripts.programs import PROGRAMS
 from scripts.slots import Ended, Job, run_jobs, slots_of
+from scripts.table import records_of
 from utils.stopping import StopFlag, Stopped
 
 SWEEPS = ROOT / "config" / "sweeps"
@@ -193,6 +194,30 @@ print(sum(1 for _ in open("calls")))
 def command(place: Path, name: str, text: str) -> None:
     (place / name).write_text(text)
     (place / name).chmod(stat.S_IRWXU)
+
+
+def test_numbers_are_kept_once_every_run_has_ended(
+    listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, records = sweep.read_sweep(listed, [0], [])[1:], tmp_path / "room" / "results.jsonl"
+    records.parent.mkdir()
+    written: list[bool] = []
+
+    def check(root: Path, write: bool) -> list[str]:
+        assert root == ROOT
+        written.append(write)
+        return []
+
+    monkeypatch.setattr(sweep, "check", check)
+    for number, run in enumerate(runs):
+        assert not records.exists()
+        run.folder.mkdir(parents=True)
+        (run.folder / "result.json").write_text(json.dumps({"top1": number}))
+        assert sweep.summary(runs, [runs], tmp_path / "logs", records) == (number + 1 < len(runs))
+    assert [(r.run, r.values) for r in sorted(records_of(records), key=lambda r: r.values["top1"])] == [
+        ("/".join(run.folder.parts[-4:]), {"top1": [number]}) for number, run in enumerate(runs)
+    ]
+    assert written == [True]
 
 
 def test_slurm_gets_an_array_a_block_and_the_table_last(
